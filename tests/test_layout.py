@@ -1,0 +1,47 @@
+"The tree is what the notebooks say: modules exported, notebooks cleaned, README made, code linted, lessons in shape."
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+BIN = Path(sys.executable).parent
+NOTEBOOKS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
+
+def files(root): return {str(f.relative_to(root)): f.read_bytes() for d in ('nbs', 'reid_nb') for f in (root/d).iterdir()
+                         if f.suffix in ('.ipynb', '.py')}
+
+def test_modules_and_notebooks_agree(tmp_path):
+    for d in ('nbs', 'reid_nb'):
+        shutil.copytree(ROOT/d, tmp_path/d, ignore=shutil.ignore_patterns('_run', '__pycache__', '_proc'), symlinks=True)
+    for f in ('settings.ini', '_quarto.yml', 'README.md'): shutil.copy(ROOT/f, tmp_path)
+    for tool in ('nbdev_clean', 'nbdev_export'): subprocess.run([BIN/tool], cwd=tmp_path, check=True)
+    before, after = files(ROOT), files(tmp_path)
+    assert [k for k in before | after if before.get(k) != after.get(k)] == []
+
+def test_readme_is_made_from_index():
+    made = subprocess.run([sys.executable, ROOT/'tests'/'readme.py'], capture_output=True, text=True, check=True).stdout
+    assert made == (ROOT/'README.md').read_text(encoding='utf-8')
+
+def test_ruff():
+    done = subprocess.run([BIN/'ruff', 'check', '-q', 'nbs', 'tests', 'setup.py'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.stem)
+def test_lesson_is_in_shape(nb):
+    cells = json.loads(nb.read_text(encoding='utf-8'))['cells']
+    assert re.fullmatch(r'# .+\n> .+', ''.join(cells[0]['source']))
+    assert len(nb.read_bytes()) < 500_000
+    assert all(len(line) < 200 for c in cells if c['cell_type'] == 'code' for line in ''.join(c['source']).splitlines())
+    text = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    assert '## Summary' in text and '## Exercises' in text
+
+def test_rooms_look_only_down():
+    order = {re.search(r'#\| ?default_exp (\w+)', f.read_text(encoding='utf-8'))[1]: k for k, f in enumerate(NOTEBOOKS)}
+    for module, k in order.items():
+        text = (ROOT/'reid_nb'/f'{module}.py').read_text(encoding='utf-8')
+        assert all(order[m] < k for m in re.findall(r'^\s*from (?:reid_nb)?\.(\w+) import', text, re.M) if m in order)
