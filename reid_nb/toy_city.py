@@ -11,7 +11,7 @@ __all__ = ['CLOTHES', 'SKIN', 'HAIR', 'PATTERNS', 'LOGOS', 'BAGS', 'PORTO', 'NOR
            'sightings', 'split_query', 'write_set', 'market_name', 'cuhk_name', 'write_labelled', 'film_clip', 'jobs',
            'build_toy']
 
-# %% ../nbs/00_toy_city.ipynb #c9506b8a
+# %% ../nbs/00_toy_city.ipynb #f7cccfb7
 import json, math, os, pickle, shutil, zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +25,14 @@ import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
-# %% ../nbs/00_toy_city.ipynb #1d4ebe25
+# %% ../nbs/00_toy_city.ipynb #2776128f
 def rng_of(
     *key, # Anything with a `str`: what the numbers are for, such as `('person', seed, 7)`
 )->np.random.Generator: # Its numbers depend on `key` alone
     "A random generator made from a name."
     return np.random.default_rng([zlib.crc32(str(k).encode()) for k in key])
 
-# %% ../nbs/00_toy_city.ipynb #19eeade0
+# %% ../nbs/00_toy_city.ipynb #1f9318fc
 CLOTHES = dict(white=(232,232,228), black=(34,34,38), grey=(128,130,134), navy=(38,52,98),
                blue=(62,112,186), red=(176,46,46), green=(58,118,70), beige=(196,172,134),
                brown=(104,72,52), yellow=(220,184,62), pink=(214,138,156), purple=(104,66,126))
@@ -42,7 +42,7 @@ PATTERNS = 'plain plain stripes bars checks dots halves'.split()
 LOGOS = 'none none disc square triangle cross'.split()
 BAGS = 'none none backpack shoulder handbag'.split()
 
-# %% ../nbs/00_toy_city.ipynb #77549768
+# %% ../nbs/00_toy_city.ipynb #90df11e4
 @dataclass(frozen=True)
 class City:
     "A place with its own fashion and its own look."
@@ -55,14 +55,14 @@ class City:
     wall:tuple    # RGB
     ground:tuple  # RGB
 
-PORTO = City('alba', 'porto', 'white black grey navy blue blue red green beige yellow pink',
+PORTO = City('alba', 'porto', 'white navy blue blue beige',
              'tee tee shirt jacket', 'trousers trousers shorts skirt', 'short short long bald bun cap',
              (198,170,136), (168,160,148))
-NORD = City('borea', 'nord', 'black black grey grey navy navy brown green beige red purple white',
+NORD = City('borea', 'nord', 'black grey navy navy brown',
             'shirt jacket jacket', 'trousers trousers trousers skirt', 'short long long bun cap cap',
             (112,124,138), (122,126,124))
 
-# %% ../nbs/00_toy_city.ipynb #ffcd58b1
+# %% ../nbs/00_toy_city.ipynb #7b18d8f2
 @dataclass(frozen=True)
 class Person:
     "Everything about one person that a camera can see."
@@ -86,7 +86,7 @@ class Person:
     bag_rgb:tuple
     stride:float     # Length of two steps, in body heights
 
-# %% ../nbs/00_toy_city.ipynb #7ab7b290
+# %% ../nbs/00_toy_city.ipynb #4f1aeda2
 def make_person(
     pid:int, # Identity
     city:City=PORTO, # Where they buy their clothes
@@ -103,7 +103,7 @@ def make_person(
                   pick(PATTERNS), cloth(), int(r.integers(8, 17)), pick(LOGOS), cloth(),
                   pick(city.bottoms), cloth(), cloth(), pick(BAGS), cloth(), r.uniform(.62, .85))
 
-# %% ../nbs/00_toy_city.ipynb #4538b350
+# %% ../nbs/00_toy_city.ipynb #e587ce35
 class Sprite:
     "A canvas in body coordinates: x to the right, y up, feet at (0, 0), one body height = 184 pixels."
     h,w,scale = 216,144,184
@@ -130,7 +130,7 @@ class Sprite:
         self.ellipse(rgb, a, wa, wa)
         self.ellipse(rgb, b, wb, wb)
 
-# %% ../nbs/00_toy_city.ipynb #4bae7151
+# %% ../nbs/00_toy_city.ipynb #83f4cc63
 def joint(at, upper, lower, angle, bend):
     "Knee and ankle (or elbow and wrist) of a limb that hangs from `at`; angles in radians from straight down"
     mid = (at[0] + upper*math.sin(angle), at[1] - upper*math.cos(angle))
@@ -152,7 +152,7 @@ def draw_arm(s, p, shoulder, angle, bend, f):
     s.ellipse(dark(p.skin, f), wrist, .024, .024)
     return wrist
 
-# %% ../nbs/00_toy_city.ipynb #28702c6c
+# %% ../nbs/00_toy_city.ipynb #a29e7168
 def fabric(p):
     "The pattern of a top as an image of the sprite's size"
     y,x = np.mgrid[:Sprite.h, :Sprite.w]
@@ -178,7 +178,7 @@ def draw_logo(s, p, y=.72, r=.045):
         s.box(p.logo_rgb, -r, y-.015, r, y+.015)
         s.box(p.logo_rgb, -.015, y-r, .015, y+r)
 
-# %% ../nbs/00_toy_city.ipynb #54b48079
+# %% ../nbs/00_toy_city.ipynb #1676568e
 def draw_head(s, p, view):
     top = p.logo_rgb if p.haircut == 'cap' else p.hair
     s.limb(p.skin, (0,.83), (0,.88), .028, .028)
@@ -194,7 +194,7 @@ def draw_head(s, p, view):
     eyes = {'front': (-.022,.022), 'side': (.045,), 'back': ()}[view]
     for x in eyes: s.ellipse((30,26,24), (x,.915), .008, .008)
 
-# %% ../nbs/00_toy_city.ipynb #263057b6
+# %% ../nbs/00_toy_city.ipynb #ff746a65
 def draw_bag(s, p, view, wrist):
     c = p.bag_rgb
     if p.bag == 'backpack' and view == 'front':
@@ -211,7 +211,7 @@ def draw_bag(s, p, view, wrist):
         s.limb(c, wrist, (wrist[0], wrist[1]-.06), .012, .03)
         s.box(c, wrist[0]-.065, wrist[1]-.16, wrist[0]+.065, wrist[1]-.05)
 
-# %% ../nbs/00_toy_city.ipynb #a91f270a
+# %% ../nbs/00_toy_city.ipynb #d1783f15
 PHASES = 6
 
 def draw_side(s, p, swing, lift):
@@ -226,7 +226,7 @@ def draw_side(s, p, swing, lift):
     wrist = draw_arm(s, p, (0,.80), -.45*swing, .35, 1)
     if p.bag != 'backpack': draw_bag(s, p, 'side', wrist)
 
-# %% ../nbs/00_toy_city.ipynb #069b1f0f
+# %% ../nbs/00_toy_city.ipynb #65b48939
 def draw_front(s, p, swing, view):
     b = p.build
     if p.haircut == 'long' and view == 'front': s.ellipse(p.hair, (0,.86), .07, .10)
@@ -241,7 +241,7 @@ def draw_front(s, p, swing, view):
     draw_head(s, p, view)
     draw_bag(s, p, view, wrists[1 if view == 'front' else 0])
 
-# %% ../nbs/00_toy_city.ipynb #fa55eb12
+# %% ../nbs/00_toy_city.ipynb #97ff233a
 @lru_cache(maxsize=4096)
 def draw_person(
     p:Person, # Whom
@@ -259,7 +259,7 @@ def draw_person(
     s.rgba[...,:3] = (s.rgba[...,:3]*light[...,None]).clip(0, 255)
     return s.rgba
 
-# %% ../nbs/00_toy_city.ipynb #c4e8ec9a
+# %% ../nbs/00_toy_city.ipynb #2677217c
 WIDTH,HEIGHT,FPS = 640,360,12
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ CAMERAS = [Camera(PORTO, 1, 'front', (1.04,1.00,.95),  .95,  .25, 3, .4, 1.),
            Camera(NORD, 2, 'side',   (.98,.98,1.03),   .98, -.30, 4, .5, .96),
            Camera(NORD, 3, 'back',   (1.00,.94,1.02), 1.25,  .30, 8, .9, .93)]
 
-# %% ../nbs/00_toy_city.ipynb #55303a4c
+# %% ../nbs/00_toy_city.ipynb #9639383a
 def draw_wall(bg, cam, r, horizon):
     bg[:horizon],bg[horizon:] = cam.city.wall,cam.city.ground
     for x in range(int(r.integers(0, 40)), WIDTH, int(r.integers(70, 110))):
@@ -306,7 +306,7 @@ def draw_item(m, kind, x, y):
     if kind == 'bush':
         for k in range(-2, 3): cv2.circle(m, (x+k*16, y-26+abs(k)*5), 25-abs(k)*3, 1, -1)
 
-# %% ../nbs/00_toy_city.ipynb #4a40692a
+# %% ../nbs/00_toy_city.ipynb #a3d414cb
 @lru_cache
 def scene(
     cam:Camera, # Whose view
@@ -325,7 +325,7 @@ def scene(
         items.append((y, at, m[at] > 0))
     return bg,items
 
-# %% ../nbs/00_toy_city.ipynb #4da3edd3
+# %% ../nbs/00_toy_city.ipynb #14a7bbff
 @lru_cache
 def optics(cam):
     "Light map, lookup table and a large field of noise of a camera"
@@ -345,7 +345,7 @@ def expose(
     y,x = r.integers(HEIGHT),r.integers(WIDTH)
     return cv2.add(cv2.GaussianBlur(im, (0,0), cam.blur), noise[y:y+HEIGHT,x:x+WIDTH], dtype=cv2.CV_8U)
 
-# %% ../nbs/00_toy_city.ipynb #b5a7af3f
+# %% ../nbs/00_toy_city.ipynb #972e1061
 @dataclass(frozen=True)
 class Walk:
     "One person crossing the view of one camera."
@@ -355,6 +355,7 @@ class Walk:
     frames:int    # How long
     x:tuple       # Where it begins and where it ends, in pixels
     tall:tuple    # Height of an average person there, in pixels
+    tint:tuple    # Gain of R, G, B: the light that falls on this person, in the sun or under an awning
 
     def at(self, i):
         "x, feet y, pixels per body height and phase of the step at frame `i`, or None"
@@ -365,7 +366,7 @@ class Walk:
         steps = (i-self.start)*.11/self.person.stride*PHASES
         return x,y,tall,int(steps+self.person.pid) % PHASES
 
-# %% ../nbs/00_toy_city.ipynb #e660e4e5
+# %% ../nbs/00_toy_city.ipynb #28358109
 def plan_walk(
     p:Person, # Who
     cam:Camera, # Where
@@ -374,22 +375,23 @@ def plan_walk(
 )->Walk: # The way that this person takes
     "Choose a way through the view of `cam`."
     r = rng_of('walk', seed, cam.stem, p.pid, start)
+    tint = tuple(r.uniform(.7, 1.15)*np.exp(r.normal(0, .07, 3)))
     if cam.view == 'side':
         tall,way = r.uniform(95, 150),(-45, WIDTH+45)
         way = way if r.random() < .5 else way[::-1]
-        return Walk(p, cam, start, int(7800/tall*r.uniform(.9, 1.2)), way, (tall, tall*r.uniform(.93,1.07)))
+        return Walk(p, cam, start, int(7800/tall*r.uniform(.9, 1.2)), way, (tall, tall*r.uniform(.93,1.07)), tint)
     x = r.uniform(.15, .85)*WIDTH
     way,tall = (x, x+r.uniform(-120,120)),(62, 200)
     if cam.view == 'back': tall = tall[::-1]
-    return Walk(p, cam, start, int(r.uniform(58, 74)), way, tall)
+    return Walk(p, cam, start, int(r.uniform(58, 74)), way, tall, tint)
 
-# %% ../nbs/00_toy_city.ipynb #1ef2454a
+# %% ../nbs/00_toy_city.ipynb #b673c902
 Sighting = namedtuple('Sighting', 'pid box visible')
 Sighting.__doc__ = "A person in a frame: identity, box x1,y1,x2,y2 in pixels (inside the frame), visible share 0..1"
 
-def paste(frame, owner, mark, rgba, x, y, w, h):
+def paste(frame, owner, mark, rgba, tint, x, y, w, h):
     "Paint a sprite with its feet at (x, y); returns its box and the number of its pixels, seen or not"
-    small = cv2.resize(rgba, (w,h), interpolation=cv2.INTER_AREA)
+    small = cv2.multiply(cv2.resize(rgba, (w,h), interpolation=cv2.INTER_AREA), (*tint, 1))
     x0,y0 = int(x - w/2),int(y - h*(Sprite.h-10)/Sprite.h)
     ys,xs = slice(max(0,y0), min(HEIGHT,y0+h)),slice(max(0,x0), min(WIDTH,x0+w))
     if ys.start >= ys.stop or xs.start >= xs.stop: return None
@@ -403,7 +405,7 @@ def paste(frame, owner, mark, rgba, x, y, w, h):
     box = xs.start+xx[0], ys.start+yy[0], xs.start+xx[-1]+1, ys.start+yy[-1]+1
     return box,int((small[...,3] > 127).sum())
 
-# %% ../nbs/00_toy_city.ipynb #6cb6fe8a
+# %% ../nbs/00_toy_city.ipynb #62aa3a3b
 def compose(
     cam:Camera, # Whose view
     walks:list, # Every `Walk` of the film
@@ -421,12 +423,12 @@ def compose(
         (x,y,tall,phase),p = at,walks[k].person
         rgba,f = draw_person(p, cam.view, phase),tall*p.height/Sprite.scale
         if walks[k].x[1] < walks[k].x[0] and cam.view == 'side': rgba = rgba[:,::-1]
-        got = paste(frame, owner, k, np.ascontiguousarray(rgba), x, y, int(Sprite.w*f), int(Sprite.h*f*cam.squash))
+        got = paste(frame, owner, k, np.ascontiguousarray(rgba), walks[k].tint, x, y, int(Sprite.w*f), int(Sprite.h*f*cam.squash))
         if got: seen.append((k, *got))
     left = np.bincount(owner.ravel()+1, minlength=len(walks)+1)
     return frame,[Sighting(walks[k].person.pid, box, left[k+1]/n) for k,box,n in seen]
 
-# %% ../nbs/00_toy_city.ipynb #b45ac372
+# %% ../nbs/00_toy_city.ipynb #9a58fb95
 def film(
     cam:Camera, # The camera
     people:list, # Who walks by, in this order
@@ -441,7 +443,7 @@ def film(
         frame,seen = compose(cam, walks, i)
         yield i,expose(cam, frame, rng_of('noise', seed, cam.stem, i)),seen
 
-# %% ../nbs/00_toy_city.ipynb #94ac5c4e
+# %% ../nbs/00_toy_city.ipynb #95ea7b8e
 @contextmanager
 def atomic_write(
     path, # File to make
@@ -459,7 +461,7 @@ def atomic_write(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_toy_city.ipynb #abe30ed9
+# %% ../nbs/00_toy_city.ipynb #fe998601
 def write_video(
     path, # An .mp4 file
     frames, # Iterable of uint8[h,w,3] RGB, even height and width
@@ -476,7 +478,7 @@ def write_video(
         out.mux(s.encode())
     return Path(path)
 
-# %% ../nbs/00_toy_city.ipynb #45539ad3
+# %% ../nbs/00_toy_city.ipynb #ac535da5
 def detect_boxes(
     seen:list, # Of `Sighting`
     r:np.random.Generator, # For the errors
@@ -494,7 +496,7 @@ def detect_boxes(
         out.append((0, np.array([x, y, x+44, y+118], np.float32), .45))
     return out
 
-# %% ../nbs/00_toy_city.ipynb #7d2c9575
+# %% ../nbs/00_toy_city.ipynb #2e9b2491
 def film_video(
     root, # Folder of the toy city
     cam:Camera, # Which camera
@@ -516,7 +518,7 @@ def film_video(
     for folder,dets in (('dets', nl), ('dets_luperson', lup)):
         with atomic_write(Path(root)/folder/f'{cam.stem}.pkl', 'wb') as f: pickle.dump(dets, f)
 
-# %% ../nbs/00_toy_city.ipynb #803a0749
+# %% ../nbs/00_toy_city.ipynb #c0260e8a
 def crop(frame, box, size=None):
     "The part of `frame` in `box`, what sticks out cut off; resized to `size` = (h, w) if given"
     x1,y1,x2,y2 = (int(round(float(v))) for v in box)
@@ -527,7 +529,7 @@ def write_image(path, rgb):
     "JPEG (OpenCV's quality 95) or PNG, by the name's ending"
     if not cv2.imwrite(str(path), rgb[...,::-1]): raise OSError(f'cannot write {path}')
 
-# %% ../nbs/00_toy_city.ipynb #956d094b
+# %% ../nbs/00_toy_city.ipynb #8c7a2deb
 def sightings(
     cams:list, # Cameras
     people:list, # Who
@@ -552,7 +554,7 @@ def sightings(
                 out.setdefault((0, cam.n), []).append((i, 99, crop(frame, (x, y, x+60, y+125), (128,64))))
     return out
 
-# %% ../nbs/00_toy_city.ipynb #d04b5c22
+# %% ../nbs/00_toy_city.ipynb #0e46a64f
 def split_query(found):
     "{(pid, camera): crops} -> (query, gallery): the middle crop of each is the query, where another camera has one too"
     cams,query,gallery = {},{},{}
@@ -569,8 +571,8 @@ def write_set(root, parts, name):
         for (pid,c),xs in sorted(found.items()):
             for n,(i,k,im) in enumerate(xs): write_image(Path(root)/folder/name(pid, c, i, k, n), im)
 
-# %% ../nbs/00_toy_city.ipynb #d70aecbd
-def market_name(pid, c, i, k, n): return f'{pid:04d}_c{c}s1_{i:06d}_{k:02d}.jpg' if pid >= 0 else f'-1_c{c}s1_{i:06d}_{k:02d}.jpg'
+# %% ../nbs/00_toy_city.ipynb #0ed063c3
+def market_name(pid, c, i, k, n): return f"{'-1' if pid < 0 else f'{pid:04d}'}_c{c}s1_{i:06d}_{k:02d}.jpg"
 def cuhk_name(pid, c, i, k, n): return f'{pid:04d}_c{c}_{n+1}.png'
 
 def write_labelled(
@@ -589,7 +591,7 @@ def write_labelled(
     query,gallery = split_query(found)
     write_set(root, {'bounding_box_train': known, 'query': query, 'bounding_box_test': gallery}, name)
 
-# %% ../nbs/00_toy_city.ipynb #9a534862
+# %% ../nbs/00_toy_city.ipynb #073ae251
 NAMES = 'Ada Bruno Chiara Dario Elena Fabio'.split()
 
 def film_clip(root, cam, people, names, seed=0):
@@ -604,13 +606,13 @@ def film_clip(root, cam, people, names, seed=0):
     write_video(Path(root)/'clips'/f'{stem}.mp4', frames())
     return f'{stem}.mp4',boxes
 
-# %% ../nbs/00_toy_city.ipynb #1251e7f6
+# %% ../nbs/00_toy_city.ipynb #a549fbd2
 def jobs(root, seed, n_street, n_train, n_test):
     "Every independent piece of work as (label, function)"
     who = {c: [make_person(i, c, seed) for i in range(1, n_street+n_train+n_test+1)] for c in (PORTO, NORD)}
     part = lambda c,a,n: who[c][a:a+n]
     for cam in CAMERAS:
-        n = n_street if cam.city is PORTO else n_street//4
+        n = n_street if cam.city is PORTO else max(1, n_street//4)
         yield cam.stem,lambda cam=cam,n=n: film_video(root, cam, part(cam.city, 0, n), seed)
     porto,nord = CAMERAS[:3],CAMERAS[3:5]
     at,to = n_street,n_street+n_train
@@ -625,7 +627,7 @@ def jobs(root, seed, n_street, n_train, n_test):
         for c in cams: yield 'clip',lambda w=who_,c=c: film_clip(
             root, porto[c], [stars[k] for k in w], [NAMES[k] for k in w], seed)
 
-# %% ../nbs/00_toy_city.ipynb #091412f8
+# %% ../nbs/00_toy_city.ipynb #b6fce339
 def build_toy(
     dest='toy', # Folder to make
     seed:int=0, # Same seed, same pixels
@@ -635,7 +637,7 @@ def build_toy(
     progress:bool=False, # Show a progress bar?
 )->Path: # `dest`: videos, vnames.txt, dets, dets_luperson, market, cuhk03_np, clips, city.json
     "Build the toy city, or use the one that stands there with the same settings."
-    dest,settings = Path(dest),dict(version=2, seed=seed, n_street=n_street, n_train=n_train, n_test=n_test)
+    dest,settings = Path(dest),dict(version=3, seed=seed, n_street=n_street, n_train=n_train, n_test=n_test)
     if (dest/'city.json').exists() and json.loads((dest/'city.json').read_text())['settings'] == settings: return dest
     tmp = dest.with_name(f'.{dest.name}.part')
     for d in (tmp, dest): shutil.rmtree(d, ignore_errors=True)
@@ -648,6 +650,7 @@ def build_toy(
             if f.result() and label == 'clip': clips.__setitem__(*f.result())
     with atomic_write(tmp/'clips'/'clips.json') as f: json.dump(clips, f)
     with atomic_write(tmp/'vnames.txt') as f: f.writelines(f'{c.stem}\n' for c in CAMERAS)
-    with atomic_write(tmp/'city.json') as f: json.dump(dict(settings=settings, cameras=[asdict(c) for c in CAMERAS]), f, indent=1)
+    city = dict(settings=settings, cameras=[asdict(c) for c in CAMERAS])
+    with atomic_write(tmp/'city.json') as f: json.dump(city, f, indent=1)
     os.replace(tmp, dest)
     return dest

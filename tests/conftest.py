@@ -1,4 +1,4 @@
-"Fixtures shared by the tests: the small toy city, the real data where it is, the console scripts, a disk that fills up."
+"Fixtures shared by the tests: the toy city, the real data where it is, the console scripts, a disk that fills up."
 import os
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def toy():
 
 @pytest.fixture(scope='session')
 def run():
-    "Run a console script of this interpreter: `run('reid_pack', *args, **kw) -> CompletedProcess`, output captured as text."
+    "Runs a console script of this interpreter: `run('reid_pack', *args, **kw)` -> its CompletedProcess, text captured."
     def _run(name, *args, timeout=600, **kw):
         exe = Path(sys.executable).parent/name
         return subprocess.run([exe, *map(str, args)], capture_output=True, text=True, timeout=timeout, **kw)

@@ -1,4 +1,4 @@
-"The tree is what the notebooks say: modules exported, notebooks cleaned, README made, code linted, lessons in shape."
+"The tree is what the notebooks say: modules exported, notebooks cleaned, README made, code linted, lessons whole."
 import json
 import re
 import shutil
@@ -12,8 +12,9 @@ from conftest import ROOT
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
 
-def files(root): return {str(f.relative_to(root)): f.read_bytes() for d in ('nbs', 'reid_nb') for f in (root/d).iterdir()
-                         if f.suffix in ('.ipynb', '.py')}
+def files(root):
+    found = [f for d in ('nbs', 'reid_nb') for f in (root/d).iterdir() if f.suffix in ('.ipynb', '.py')]
+    return {str(f.relative_to(root)): f.read_bytes() for f in found}
 
 def test_modules_and_notebooks_agree(tmp_path):
     for d in ('nbs', 'reid_nb'):
@@ -28,7 +29,8 @@ def test_readme_is_made_from_index():
     assert made == (ROOT/'README.md').read_text(encoding='utf-8')
 
 def test_ruff():
-    done = subprocess.run([BIN/'ruff', 'check', '-q', 'nbs', 'tests', 'setup.py'], cwd=ROOT, capture_output=True, text=True)
+    ruff = [BIN/'ruff', 'check', '-q', 'nbs', 'tests', 'setup.py']
+    done = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.stem)
