@@ -103,15 +103,15 @@ def test_leak_on_noise(seed):
     acc = {}
     for eman in (False,True):
         torch.manual_seed(seed)
-        model = MoCo(tiny_backbone(), K=16, dim=32, m=0., eman=eman).train()
-        opt,seen = torch.optim.Adam(model.encoder_q.parameters(), 1e-3),[]
-        for i in range(1000):
+        model = MoCo(tiny_backbone(), K=16, dim=32, m=0., eman=eman, head_bn=False).train()
+        opt,seen = torch.optim.Adam(model.encoder_q.parameters(), 3e-4),[]
+        for i in range(1300):
             x = .2*torch.randn(2,3,16,8) + 2*torch.randn(2,3,1,1)
             loss,a = model(x, x.flip(0))
-            if i<600: opt.zero_grad(); loss.backward(); opt.step()
-            elif i>=616: seen.append(a.item())
+            if i<1000: opt.zero_grad(); loss.backward(); opt.step()
+            elif i>=1016: seen.append(a.item())
         acc[eman] = np.mean(seen)
-    assert acc[False] > .25 and acc[True] < .15, acc
+    assert acc[False] > .3 and acc[True] < .2, acc
 
 def test_keys_do_not_know_their_batch():
     torch.manual_seed(0)
