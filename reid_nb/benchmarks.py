@@ -8,7 +8,7 @@ __all__ = ['Sample', 'IMAGES', 'PARTS', 'PROTOCOLS', 'detected', 'labeled', 'Sco
            'Scores', 'labels', 'rank_rows', 'normalize', 'distances', 'check_features', 'blocks', 'rank', 'chance',
            'read_rgb', 'color_histogram', 'score_counts', 'roc_points']
 
-# %% ../nbs/03_benchmarks.ipynb #445ddae8
+# %% ../nbs/03_benchmarks.ipynb #772ed28c
 import hashlib, re
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ import numpy as np
 
 from .dataset import BadInput
 
-# %% ../nbs/03_benchmarks.ipynb #2f4e1b1b
+# %% ../nbs/03_benchmarks.ipynb #beff06c6
 Sample = namedtuple('Sample', 'path pid camid')
 Sample.__doc__ = "A labelled picture: `Path`, identity (0 is nobody), camera (as in the name)"
 
@@ -32,7 +32,7 @@ def parse_name(
     found = re.match(r'(-?\d+)_c(\d+)', Path(path).name)
     return found and Sample(Path(path), int(found[1]), int(found[2]))
 
-# %% ../nbs/03_benchmarks.ipynb #1eac254d
+# %% ../nbs/03_benchmarks.ipynb #71ab26ca
 IMAGES = {'.jpg', '.jpeg', '.png', '.bmp'}
 
 def read_part(
@@ -53,7 +53,7 @@ def read_part(
              for what, ps in odd.items() if ps]
     return [s for s in samples if s.pid >= 0], notes, sizes
 
-# %% ../nbs/03_benchmarks.ipynb #6e690a99
+# %% ../nbs/03_benchmarks.ipynb #855f91bd
 @dataclass(frozen=True)
 class Benchmark:
     "Pictures to train on, pictures to search for, pictures to search in."
@@ -63,9 +63,9 @@ class Benchmark:
     digest:str   # SHA-256 over names and sizes of all pictures
     notes:list   # What is missing or odd, one line each
     sizes:tuple  # Pictures found in the three folders, junk included
-    protocol:'Protocol'=None # What it is called and what does not count
+    protocol:object=None # A `Protocol`, see below: what it is called and what does not count
 
-# %% ../nbs/03_benchmarks.ipynb #76378a2a
+# %% ../nbs/03_benchmarks.ipynb #a659ae47
 PARTS = 'bounding_box_train', 'query', 'bounding_box_test'
 
 def find_folder(
@@ -84,7 +84,7 @@ def find_folder(
     what = f'folder {named!r} with ' if named else ''
     raise BadInput(f'{root}: no {what}{", ".join(PARTS)} in it or below')
 
-# %% ../nbs/03_benchmarks.ipynb #8b7b56f7
+# %% ../nbs/03_benchmarks.ipynb #a39d21b0
 def read_folder(
     root, # The set's folder, or one that holds it
     named:str=None, # Name that the folder must have
@@ -100,7 +100,7 @@ def read_folder(
     if both: notes.append(f'{len(both)} identities are both in bounding_box_train and in query')
     return Benchmark(*parts, digest, notes, tuple(map(len, sizes)))
 
-# %% ../nbs/03_benchmarks.ipynb #f4eb2c30
+# %% ../nbs/03_benchmarks.ipynb #8db0095c
 def same_camera(
     query:Sample, # The picture in hand
     pids:np.ndarray, # int[n], identities of the gallery
@@ -109,7 +109,7 @@ def same_camera(
     "The rule of Market-1501 and CUHK03-NP: this person in this camera does not count."
     return (pids == query.pid) & (camids == query.camid)
 
-# %% ../nbs/03_benchmarks.ipynb #c9956540
+# %% ../nbs/03_benchmarks.ipynb #e239e99e
 @dataclass(frozen=True)
 class Protocol:
     "A way to test that others can repeat."
@@ -127,7 +127,7 @@ def register(
     if protocol.name in PROTOCOLS: raise BadInput(f'protocol {protocol.name!r}: the name is taken')
     PROTOCOLS[protocol.name] = protocol
 
-# %% ../nbs/03_benchmarks.ipynb #a8e72369
+# %% ../nbs/03_benchmarks.ipynb #afeaf079
 detected, labeled = partial(read_folder, named='detected'), partial(read_folder, named='labeled')
 register(Protocol('market1501', read_folder, size=(12936, 3368, 19732)))
 register(Protocol('cuhk03_np_detected', detected, size=(7365, 1400, 5332)))
@@ -135,7 +135,7 @@ register(Protocol('cuhk03_np_labeled', labeled, size=(7368, 1400, 5328)))
 register(Protocol('cuhk03_p1', read_folder, size=(7239, 200, 938)))
 register(Protocol('market_folder', read_folder))
 
-# %% ../nbs/03_benchmarks.ipynb #03815921
+# %% ../nbs/03_benchmarks.ipynb #c757550e
 def read_benchmark(
     name:str, # A key of `PROTOCOLS`
     root, # The set's folder, or one that holds it
@@ -149,7 +149,7 @@ def read_benchmark(
              for part, want, got in zip(PARTS, protocol.size or (), bench.sizes) if want != got]
     return replace(bench, protocol=protocol, notes=bench.notes + notes)
 
-# %% ../nbs/03_benchmarks.ipynb #a02ddd9b
+# %% ../nbs/03_benchmarks.ipynb #51df09b3
 def match_ranks(
     row:np.ndarray, # float[n], distance of each gallery picture; inf where it is ignored
     hits:np.ndarray, # int[m], places of the right answers in the gallery
@@ -159,7 +159,7 @@ def match_ranks(
     before = [count(row[:j] <= row[j]) + count(row[j:] < row[j]) for j in hits]
     return np.sort(np.array(before, int)) + 1
 
-# %% ../nbs/03_benchmarks.ipynb #c82ec7bb
+# %% ../nbs/03_benchmarks.ipynb #cf54b8f4
 @dataclass(frozen=True)
 class Scores:
     "What came of every query, under a protocol."
@@ -184,7 +184,7 @@ class Scores:
 
     def figures(self): return {k: float(v.mean()) for k, v in self.per_query().items()}
 
-# %% ../nbs/03_benchmarks.ipynb #f08b52f5
+# %% ../nbs/03_benchmarks.ipynb #6a233d7f
 def labels(
     samples:list, # Of `Sample`
 )->tuple: # int[n] identities, int[n] cameras
@@ -207,7 +207,7 @@ def rank_rows(
     if np.isnan(out).all(): raise BadInput(f'{benchmark.protocol.name}: no query has an answer')
     return Scores(benchmark.protocol.name, labels(benchmark.query)[0], *out)
 
-# %% ../nbs/03_benchmarks.ipynb #8bb16d89
+# %% ../nbs/03_benchmarks.ipynb #d30e25a4
 def normalize(
     x, # float[n,d]
 )->np.ndarray: # float32[n,d], each row of length 1 (a row of zeros stays)
@@ -222,7 +222,7 @@ def distances(
     "Cosine distances."
     return 1 - normalize(qf) @ normalize(gf).T
 
-# %% ../nbs/03_benchmarks.ipynb #80f88863
+# %% ../nbs/03_benchmarks.ipynb #3533db29
 def check_features(benchmark, qf, gf):
     "Raise `BadInput` unless there is one finite vector for each picture, all of one length"
     for what, samples, f in ('query', benchmark.query, qf), ('gallery', benchmark.gallery, gf):
@@ -244,7 +244,7 @@ def blocks(
     gf, step = normalize(gf), max(1, size//len(gf))
     for i in range(0, len(qf), step): yield 1 - normalize(qf[i:i+step]) @ gf.T
 
-# %% ../nbs/03_benchmarks.ipynb #d2ea3bab
+# %% ../nbs/03_benchmarks.ipynb #2a4ec49e
 def rank(
     benchmark:Benchmark, # With a protocol
     qf, # float[q,d], a vector for each of `benchmark.query`
@@ -254,7 +254,7 @@ def rank(
     check_features(benchmark, qf, gf)
     return rank_rows(benchmark, (row for block in blocks(qf, gf) for row in block))
 
-# %% ../nbs/03_benchmarks.ipynb #7fb2f947
+# %% ../nbs/03_benchmarks.ipynb #90b2fac1
 def chance(
     benchmark:Benchmark, # With a protocol
 )->dict: # mAP and rank1 that a shuffled gallery gives on average
@@ -268,7 +268,7 @@ def chance(
         if n: out.append(((h + (n-1)/max(N-1, 1)*(N-h))/N, n/N))
     return dict(zip(('mAP', 'rank1'), np.mean(out, 0).tolist()))
 
-# %% ../nbs/03_benchmarks.ipynb #22098d0c
+# %% ../nbs/03_benchmarks.ipynb #adca2dc6
 def read_rgb(
     path, # A picture
 )->np.ndarray: # uint8[h,w,3]; raises `BadInput` for a broken picture
@@ -293,7 +293,7 @@ def color_histogram(
         out.append(np.sqrt(np.ravel(stripes)/hsv[..., 0].size))
     return np.float32(out)
 
-# %% ../nbs/03_benchmarks.ipynb #891004f2
+# %% ../nbs/03_benchmarks.ipynb #e14f4a1d
 ScoreCounts = namedtuple('ScoreCounts', 'edges pids genuine impostor')
 ScoreCounts.__doc__ = """Similarities of all pairs that count: edges float[bins+1] from -1 to 1;
 pids int[p], who was searched for; genuine and impostor int64[p,bins], pairs by bin"""
@@ -317,7 +317,7 @@ def score_counts(
         counts[1,k] += np.bincount(bin[counted & ~same], minlength=bins)
     return ScoreCounts(np.linspace(-1, 1, bins + 1), who, *counts)
 
-# %% ../nbs/03_benchmarks.ipynb #0099d63f
+# %% ../nbs/03_benchmarks.ipynb #66ac8f0f
 def roc_points(
     genuine, # int[bins], genuine pairs by bin of similarity
     impostor, # int[bins], impostor pairs

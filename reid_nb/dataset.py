@@ -11,7 +11,7 @@ __all__ = ['STATES', 'RETRY', 'MAX_BYTES', 'YTDLP', 'reid_download', 'Person', '
            'write_jpeg', 'crop_frames', 'crop_video', 'crop_counts', 'follow_parent', 'crop_all', 'extract',
            'plot_crops', 'show_crops', 'report_crops']
 
-# %% ../nbs/01_dataset.ipynb #57e4aeca
+# %% ../nbs/01_dataset.ipynb #4875b7bf
 import hashlib, inspect, io, json, multiprocessing, os, pickle, re, shutil, signal, sqlite3
 import sys, threading
 from collections import Counter, namedtuple
@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 from .toy_city import atomic_write
 
-# %% ../nbs/01_dataset.ipynb #9633cee0
+# %% ../nbs/01_dataset.ipynb #99272d94
 class BadInput(Exception):
     "Something the caller can put right. The message is one line: what, where, what to do."
 
-# %% ../nbs/01_dataset.ipynb #03bd908f
+# %% ../nbs/01_dataset.ipynb #05ebebed
 def command(
     f, # The function to offer as a command; its docments become the `--help`
     show=None, # Makes the text to print of what `f` returns; prints nothing where it is None
@@ -60,7 +60,7 @@ def command(
             sys.exit(130)
     return _f
 
-# %% ../nbs/01_dataset.ipynb #3ba6077e
+# %% ../nbs/01_dataset.ipynb #07480977
 @dataclass(frozen=True)
 class VideoName:
     "One video of the list."
@@ -79,7 +79,7 @@ class VideoName:
     def stem(self): return f'{self.country}+{self.city}+{self.id}'
     def path(self, root): return Path(root)/self.country/self.city/f'{self.stem}.mp4'
 
-# %% ../nbs/01_dataset.ipynb #4860f66a
+# %% ../nbs/01_dataset.ipynb #ff8951f6
 def read_vnames(
     path, # Text file, one `country+city+id` a line
 ): # (list of `VideoName`, list of (line number from 1, start of a line that was skipped))
@@ -96,7 +96,7 @@ def read_vnames(
     if not names: raise BadInput(f'{path}: none of its {n} lines is country+city+id: a wrong file?')
     return list(names), bad
 
-# %% ../nbs/01_dataset.ipynb #4cd52ec9
+# %% ../nbs/01_dataset.ipynb #85d96ede
 def open_census(
     dest, # Folder of the videos
     vnames, # The list
@@ -116,7 +116,7 @@ def open_census(
                        [(f'line {n}', text) for n, text in bad])
     return db
 
-# %% ../nbs/01_dataset.ipynb #26561498
+# %% ../nbs/01_dataset.ipynb #72894f67
 def census_table(
     dest, # Folder of the videos
 )->list: # Rows (state, lines, share of the list, GB, hours), most frequent state first
@@ -127,7 +127,7 @@ def census_table(
         """SELECT state, count(*), count(*)*1.0/(SELECT count(*) FROM videos), total(bytes)/1e9,
         total(frames/nullif(fps, 0))/3600 FROM videos GROUP BY state ORDER BY 2 DESC""").fetchall()
 
-# %% ../nbs/01_dataset.ipynb #1b2dc746
+# %% ../nbs/01_dataset.ipynb #74974b20
 def read_frames(
     video, # Path of a video file
 ): # Yields (frame index from 0, RGB uint8 [H,W,3]); `BadInput` when the file is missing or broken
@@ -145,7 +145,7 @@ def read_frames(
     except av.FFmpegError as e:
         raise BadInput(f'{video}: broken video ({e.strerror}): fetch it again') from None
 
-# %% ../nbs/01_dataset.ipynb #370da892
+# %% ../nbs/01_dataset.ipynb #552961b9
 STATES = {'disk full': r'No space left',
           'bot check': r'not a bot|HTTP Error 429|rate-limited',
           'age-gated': r'your age|age.restricted',
@@ -163,7 +163,7 @@ def state_of(
     found = (state for state, words in STATES.items() if re.search(words, message, re.I))
     return next(found, 'other')
 
-# %% ../nbs/01_dataset.ipynb #bb07d915
+# %% ../nbs/01_dataset.ipynb #e6ce3cac
 def sha256(
     path, # A file of any size
 )->str: # 64 hexadecimal digits
@@ -191,7 +191,7 @@ def video_facts(
     return dict(height=height, fps=fps, frames=frames, bytes=video.stat().st_size,
                 digest=sha256(video))
 
-# %% ../nbs/01_dataset.ipynb #2040e0a0
+# %% ../nbs/01_dataset.ipynb #3c77caff
 MAX_BYTES = 500_000_000
 YTDLP = dict(
     format='bv[ext=mp4][height<=?720][filesize<?500M]/b[ext=mp4][height<=?720][filesize<?500M]',
@@ -207,7 +207,7 @@ class Quiet:
     def debug(self, message): return None
     info = warning = error = debug
 
-# %% ../nbs/01_dataset.ipynb #887c4dd0
+# %% ../nbs/01_dataset.ipynb #76de601f
 def fetch(
     name:VideoName, # The video
     dest, # Folder of the videos
@@ -240,7 +240,7 @@ def fetch(
     if part.is_file(): os.replace(part, final)
     return dict(state='done', **facts)
 
-# %% ../nbs/01_dataset.ipynb #41c01aff
+# %% ../nbs/01_dataset.ipynb #fb3202e7
 def fetch_all(
     names:list, # `VideoName` of the videos to fetch
     fetch_one, # Function of a name and of an Event to stop at; returns what `fetch` does
@@ -264,7 +264,7 @@ def fetch_all(
         stop.set()
         pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/01_dataset.ipynb #7e30f040
+# %% ../nbs/01_dataset.ipynb #541de766
 def download(
     vnames:str, # The list, one `country+city+id` a line
     dest:str='videos', # Folder: `<country>/<city>/<country+city+id>.mp4`, and `census.sqlite`
@@ -293,7 +293,7 @@ def download(
     if census: plot_census(dest).savefig(Path(dest)/'census.png', dpi=150)
     return census_table(dest)
 
-# %% ../nbs/01_dataset.ipynb #c9811143
+# %% ../nbs/01_dataset.ipynb #0a105364
 def plot_census(
     dest, # Folder of the videos
 )->Figure: # One bar a country, coloured by state
@@ -313,7 +313,7 @@ def plot_census(
     fig.legend(loc='outside right', fontsize='small')
     return fig
 
-# %% ../nbs/01_dataset.ipynb #57a03b46
+# %% ../nbs/01_dataset.ipynb #591c6e96
 def show_census(
     rows:list, # From `census_table`
 )->str: # One line a state
@@ -322,7 +322,7 @@ def show_census(
 
 reid_download = command(download, show_census)
 
-# %% ../nbs/01_dataset.ipynb #294cc7f3
+# %% ../nbs/01_dataset.ipynb #aca46c98
 class PlainUnpickler(pickle.Unpickler):
     "Unpickles dict, list, tuple, str, numbers and arrays of them; refuses every other name."
     def find_class(self, module, name):
@@ -346,7 +346,7 @@ class PlainUnpickler(pickle.Unpickler):
     def encode(self, text='', *_):
         return text if isinstance(text, bytes) else text.encode('latin1')
 
-# %% ../nbs/01_dataset.ipynb #1a620c8e
+# %% ../nbs/01_dataset.ipynb #59a9a65b
 def safe_load(
     path, # A pickle from anywhere
 ): # What it holds; `BadInput` when it asks for more than plain data and arrays, or is broken
@@ -356,7 +356,7 @@ def safe_load(
     except OSError: raise BadInput(f'{path}: no such file that can be read') from None
     except Exception as e: raise BadInput(f'{path}: not a pickle of plain data: {e}') from None
 
-# %% ../nbs/01_dataset.ipynb #ad860894
+# %% ../nbs/01_dataset.ipynb #8d49d0a4
 @dataclass
 class Dets:
     "The detections of one video, one row a box, ordered by frame."
@@ -369,7 +369,7 @@ class Dets:
     height:int=None   # Of the video that was detected on, where the file says it
     fps:float=None    # Likewise
 
-# %% ../nbs/01_dataset.ipynb #d8088f29
+# %% ../nbs/01_dataset.ipynb #94495824
 def read_dets(
     path, # Pickle of one video, in the form of LUPerson, of LUPerson-NL, or of `detect`
 )->Dets: # May raise `BadInput`
@@ -391,7 +391,7 @@ def read_dets(
         raise BadInput(f'{path}: a frame, number or height that cannot be')
     return Dets('LUPerson-NL' if nl else 'LUPerson', *ids.T, box, conf, height, fps)
 
-# %% ../nbs/01_dataset.ipynb #d6b9801a
+# %% ../nbs/01_dataset.ipynb #7b7edb25
 Person = namedtuple('Person', 'track box conf')  # int, float32[4] x1,y1,x2,y2 in pixels, float 0..1
 PEOPLE = set('person people pedestrian human man woman child'.split())
 PEOPLE |= {'fall', 'normal'}  # of detectors that look for people who have fallen
@@ -414,7 +414,7 @@ def yolo_boxes(
         return found.boxes.data.cpu().numpy().astype(np.float32)
     return boxes
 
-# %% ../nbs/01_dataset.ipynb #ff91919d
+# %% ../nbs/01_dataset.ipynb #f621950c
 def shrink(
     rgb:np.ndarray, # uint8 [H,W,3]
     lines:int=360, # Height above which a frame is made smaller
@@ -436,7 +436,7 @@ def median_frame(
     if not kept: raise BadInput('no frame in this part of the video: choose another start and stop')
     return np.median(kept, 0).astype(np.uint8)
 
-# %% ../nbs/01_dataset.ipynb #3418b15b
+# %% ../nbs/01_dataset.ipynb #69b57217
 def motion_boxes(
     background:np.ndarray, # From `median_frame`
     differ:int=20, # Grey levels by which a pixel must differ from the background
@@ -455,7 +455,7 @@ def motion_boxes(
         return found[ok].astype(np.float32)
     return boxes
 
-# %% ../nbs/01_dataset.ipynb #4806058a
+# %% ../nbs/01_dataset.ipynb #f5c6df07
 def detect_people(
     video, # Path of a video file
     weights:str='motion', # Ultralytics weights (path, name), or 'motion' for a fixed camera
@@ -477,7 +477,7 @@ def detect_people(
         tracks = tracker.update(Boxes(boxes, rgb.shape[:2]), rgb[..., ::-1])
         yield i, rgb, [Person(int(t[4]), boxes[int(t[-1]), :4], float(t[5])) for t in tracks]
 
-# %% ../nbs/01_dataset.ipynb #bc0c9f75
+# %% ../nbs/01_dataset.ipynb #a8762d35
 def find_videos(
     root, # A video file, or a folder with videos anywhere below it
 )->dict: # `VideoName` -> path of each file that is named `country+city+id`
@@ -499,7 +499,7 @@ def fail_together(
     "End a job in which some videos failed."
     if failed: raise BadInput(f'{len(failed)} of {n} videos failed, the first: {failed[0]}')
 
-# %% ../nbs/01_dataset.ipynb #ac63d812
+# %% ../nbs/01_dataset.ipynb #d08d895c
 def detect(
     videos:str, # A video, or a folder of videos named `country+city+id`
     dest:str='dets', # Folder for the pickles, one a video
@@ -525,10 +525,10 @@ def detect(
     fail_together(failed, len(todo))
     return written
 
-# %% ../nbs/01_dataset.ipynb #482f0dff
-reid_detect = command(detect, lambda paths: f'{len(paths)} videos: detections written')
+# %% ../nbs/01_dataset.ipynb #2f1acf35
+reid_detect = command(detect, lambda paths: f'detections written: {len(paths)}')
 
-# %% ../nbs/01_dataset.ipynb #3547239e
+# %% ../nbs/01_dataset.ipynb #cb396c4a
 def fit_boxes(
     box:np.ndarray, # float[n,4], x1,y1,x2,y2 in pixels
     height:int, # Of the frame, in pixels
@@ -546,7 +546,7 @@ def fit_boxes(
     why = [empty, np.minimum(w, h) <= 0, (h < min_height) | (w < min_width), h < w*min_aspect]
     return box, np.select(why, ['empty', 'outside', 'small', 'flat'], '')
 
-# %% ../nbs/01_dataset.ipynb #9f9a7a44
+# %% ../nbs/01_dataset.ipynb #bc87068e
 def write_jpeg(
     path:Path, # File to make
     rgb:np.ndarray, # uint8 [H,W,3]
@@ -556,7 +556,7 @@ def write_jpeg(
     bgr = np.ascontiguousarray(rgb[..., ::-1])
     path.write_bytes(cv2.imencode('.jpg', bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1])
 
-# %% ../nbs/01_dataset.ipynb #06392d72
+# %% ../nbs/01_dataset.ipynb #45c2d22e
 def crop_frames(
     video, # Path of a video
     d:Dets, # Its detections
@@ -582,7 +582,7 @@ def crop_frames(
     return dict(form=d.form, boxes=len(d.frame), crops=len(heights), dropped=dropped, beyond=beyond,
                 height=h, dets_height=d.height, tracks=tracks, heights=heights)
 
-# %% ../nbs/01_dataset.ipynb #8e3dadc7
+# %% ../nbs/01_dataset.ipynb #cd2af819
 def crop_video(
     name:VideoName, # The video
     video, # Its path
@@ -611,7 +611,7 @@ def crop_counts(
     "What became of the boxes of each video."
     return [json.loads(path.read_text()) for path in sorted(Path(dest).glob('*/*/*/counts.json'))]
 
-# %% ../nbs/01_dataset.ipynb #bc18e12d
+# %% ../nbs/01_dataset.ipynb #f2deaad6
 def follow_parent():
     "Make this worker process end with its parent, and at once on Ctrl-C."
     def watch():
@@ -637,7 +637,7 @@ def crop_all(
     finally: pool.shutdown(cancel_futures=True)
     return failed
 
-# %% ../nbs/01_dataset.ipynb #9fbf624e
+# %% ../nbs/01_dataset.ipynb #fd4a3927
 def extract(
     videos:str, # A video, or a folder of videos named `country+city+id`
     dets:str, # Folder of their detections, `country+city+id.pkl`
@@ -667,7 +667,7 @@ def extract(
     fail_together(failed, len(todo))
     return crop_counts(dest)
 
-# %% ../nbs/01_dataset.ipynb #97711c48
+# %% ../nbs/01_dataset.ipynb #8bb16f99
 def plot_crops(
     counts:list, # From `crop_counts`
 )->Figure: # Three panels
@@ -684,7 +684,7 @@ def plot_crops(
     size.set(xlabel='height, pixels', ylabel='crops')
     return fig
 
-# %% ../nbs/01_dataset.ipynb #dcac113c
+# %% ../nbs/01_dataset.ipynb #cacd1004
 def show_crops(
     counts:list, # From `crop_counts`
 )->str: # One line, and one more for each video whose boxes look out of scale
@@ -692,7 +692,7 @@ def show_crops(
     boxes, crops = (sum(c[k] for c in counts) for k in ('boxes', 'crops'))
     dropped = sum((Counter(c['dropped']) for c in counts), Counter())
     why = ', '.join(f'{n} {reason}' for reason, n in dropped.most_common())
-    text = (f'{len(counts)} videos: {boxes:,} boxes = {crops:,} crops + '
+    text = (f'{len(counts)} video{"s"*(len(counts) != 1)}: {boxes:,} boxes = {crops:,} crops + '
             f'{dropped.total():,} dropped' + f' ({why})'*bool(why))
     for c in counts:
         if c['beyond'] and not c['dets_height']:
@@ -700,7 +700,7 @@ def show_crops(
                      'do not say of which height their video was: perhaps a larger one')
     return text
 
-# %% ../nbs/01_dataset.ipynb #a9f8f07f
+# %% ../nbs/01_dataset.ipynb #46fee78c
 def report_crops(
     dest, # Folder of the crops
 ):

@@ -138,7 +138,7 @@ def test_a_protocol_of_ones_own(toy, monkeypatch):
     with pytest.raises(BadInput, match='taken'): register(Protocol('market1501', None))
 
 @pytest.mark.parametrize('spoil,words', [(lambda f: f[1:], 'shape'), (lambda f: f*np.nan, 'not finite'),
-                                         (lambda f: f[:, 1:], '7 and 8 numbers')])
+                                         (lambda f: f[:, 1:], 'of 7 numbers for the query, of 8')])
 def test_features_that_do_not_fit(toy, spoil, words):
     bench = read_benchmark('market_folder', toy/'market')
     with pytest.raises(BadInput, match=words):

@@ -162,9 +162,11 @@ def test_damage_is_noticed(store, tmp_path, run):
     done = run('reid_pack', tmp_path/'gone', tmp_path/'bad.lmdb', '--verify')
     assert done.returncode == 2 and 'copy the file again' in done.stderr and 'Traceback' not in done.stderr
 
+def sizes(folder): return {p: p.stat().st_size for p in folder.rglob('*') if p.is_file()}
+
 @pytest.mark.parametrize('crops_,store_,words', [
     ('nowhere', 'a.lmdb', 'no such folder of crops'), ('empty', 'a.lmdb', 'not one picture'),
-    ('crops', 'text.lmdb', 'cannot be opened as a store'), ('crops', 'folder', 'cannot be opened as a store'),
+    ('crops', 'text.lmdb', 'not an LMDB file'), ('crops', 'folder', 'a folder, not a store'),
     ('crops', 'foreign.lmdb', 'no pictures packed'), ('crops', 'other.lmdb', 'was begun with other pictures')])
 def test_bad_input(crops, tmp_path, run, crops_, store_, words):
     import lmdb
@@ -175,10 +177,10 @@ def test_bad_input(crops, tmp_path, run, crops_, store_, words):
     os.makedirs(tmp_path/'one')
     shutil.copy(next(crops.rglob('*.jpg')), tmp_path/'one')
     pack(tmp_path/'one', tmp_path/'other.lmdb')
-    before = {p: p.stat().st_size for p in tmp_path.rglob('*') if p.suffix == '.lmdb'}
+    before = sizes(tmp_path)
     done = run('reid_pack', crops if crops_ == 'crops' else tmp_path/crops_, tmp_path/store_)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert before == {p: p.stat().st_size for p in tmp_path.rglob('*') if p.suffix == '.lmdb'}
+    assert before.items() <= sizes(tmp_path).items() and not (tmp_path/'a.lmdb').exists()
 
 def test_no_such_store(tmp_path):
     with pytest.raises(BadInput, match='no such store'): CropStore(tmp_path/'none.lmdb')
@@ -227,6 +229,17 @@ def test_dataset(store):
     assert len(CropDataset(store)) == 2400 and CropDataset(store)[5].shape == (64, 32, 3)
     with pytest.raises(BadInput, match='no city paris'): CropDataset(store, cities=['paris'])
     with pytest.raises(IndexError): store[2400]
+
+@pytest.mark.long
+def test_real_city_packs_too(data, tmp_path, run):
+    from reid_nb.dataset import extract
+    counts = extract(data/'real_city'/'videos', data/'real_city'/'dets', tmp_path/'crops')
+    done = run('reid_pack', tmp_path/'crops', tmp_path/'city.lmdb', '--verify')
+    assert done.returncode == 0, done.stderr
+    store = CropStore(tmp_path/'city.lmdb')
+    assert len(store) == sum(c['crops'] for c in counts) and len(store.skipped) == 0
+    assert Counter(store.videos) == {c['video'].split('+')[2]: c['crops'] for c in counts}
+    assert set(store.cities) == {'uk/reading', 'us/oregon'}
 
 def test_cuhk03_p1_packs_too(data, tmp_path, run):
     done = run('reid_pack', data/'cuhk03_p1'/'bounding_box_train', tmp_path/'p1.lmdb', '--stats')

@@ -511,10 +511,10 @@ def test_detections_we_write_are_read_back(run, tmp_path):
     videos, _ = small_city(tmp_path, ['videoNumbr1'])
     film(videos/'xx'/'yy'/'xx+yy+videoNumbr1.mp4', colour=lambda i: (90, 120, 60))
     done = run('reid_detect', videos, '--dest', tmp_path/'found', '--every', 2)
-    assert done.returncode == 0 and '1 videos' in done.stdout
+    assert done.returncode == 0 and 'written: 1' in done.stdout
     d = ds.read_dets(tmp_path/'found'/'xx+yy+videoNumbr1.pkl')
     assert (d.form, d.height, d.fps) == ('LUPerson-NL', 96, 12.0) and set(d.frame % 2) == {0} and (d.pid > 0).all()
-    assert run('reid_detect', videos, '--dest', tmp_path/'found').stdout.startswith('0 videos')
+    assert run('reid_detect', videos, '--dest', tmp_path/'found').stdout == 'detections written: 0\n'
     assert ds.extract(videos, tmp_path/'found', tmp_path/'crops', workers=1)[0]['crops'] == len(d.frame)
 
 @pytest.mark.long

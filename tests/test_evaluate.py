@@ -138,7 +138,7 @@ def spoilt(path, new, how):
     if how == 'cut': new.write_bytes(new.read_bytes()[:5000])
 
 @pytest.mark.parametrize('how,words', [
-    ('missing', 'no features for 1 of'), ('nan', 'not finite'), ('ragged', 'one length'), ('table', 'one length'),
+    ('missing', 'no features for 1 pictures'), ('nan', 'not finite'), ('ragged', 'one length'), ('table', 'one length'),
     ('words', 'vectors of numbers'), ('objects', 'not an npz'), ('text', 'not an npz'), ('cut', 'not an npz')])
 def test_bad_features(toy, colors, tmp_path, run, how, words):
     spoilt(colors[3], tmp_path/'f.npz', how)
@@ -150,7 +150,7 @@ def test_bad_features(toy, colors, tmp_path, run, how, words):
     (['--data', 'T', '--protocol', 'market', '--features', 'F'], 'choose one of market1501'),
     (['--data', 'T', '--features', 'none.npz'], 'no such file of features'), (['--data', 'T'], 'reid_quickstart'),
     (['none.safetensors', '--data', 'T'], 'none.safetensors'), (['F', '--data', 'T'], 'colors.npz'),
-    (['C', '--data', 'T', '--features', 'F'], 'either a checkpoint, or features')])
+    (['C', '--data', 'T', '--features', 'F'], 'name either a checkpoint')])
 def test_bad_input(toy, colors, tmp_path, run, args, words):
     (tmp_path/'empty').mkdir()
     names = dict(T=toy/'market', F=colors[3], nowhere=tmp_path/'nowhere', empty=tmp_path/'empty')
@@ -163,6 +163,13 @@ def refused(run, folder, words, *args):
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith('reid_evaluate: ')
     assert done.stdout == ''
     assert not list(folder.glob('*out*'))
+
+def test_a_full_disk(toy, colors, tiny_disk, run):
+    try: (tiny_disk/'full').write_bytes(bytes(3_000_000))
+    except OSError: assert list(tiny_disk.iterdir()) == [tiny_disk/'full']
+    done = run('reid_evaluate', '--data', toy/'market', '--features', colors[3], '--out', tiny_disk/'out.json')
+    assert done.returncode == 2 and 'No space left' in done.stderr and len(done.stderr.splitlines()) == 1
+    assert list(tiny_disk.iterdir()) == [tiny_disk/'full'] and done.stdout == ''
 
 def test_a_checkpoint(toy, tmp_path, run):
     "A network for an instant: its thresholds stay those of its first evaluation, and its features score the same"
