@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['one_at_a_time', 'DEVICES', 'SCHEMA', 'BY_NAME', 'ORDER', 'Gate', 'sharpness', 'Shot', 'covered', 'judge_one', 'judge',
            'Track', 'find_tracks', 'usable', 'Matcher', 'load_matcher', 'Template', 'make_template', 'fold',
-           'clean_name', 'now', 'Gallery', 'free_file', 'log', 'stack', 'look_at', 'describe', 'enroll', 'zone_of',
-           'answer_to', 'Decision', 'decide', 'Outcome', 'explain', 'ask', 'verify', 'identify', 'side_by_side',
-           'evidence', 'as_json', 'reid_enroll', 'reid_verify', 'reid_identify', 'reid_erase']
+           'clean_name', 'now', 'Gallery', 'free_file', 'log', 'stack', 'SeveralPeople', 'fps_of', 'look_at',
+           'describe', 'enroll', 'zone_of', 'answer_to', 'Decision', 'decide', 'Outcome', 'explain', 'ask', 'verify',
+           'identify', 'side_by_side', 'evidence', 'as_json', 'reid_enroll', 'reid_verify', 'reid_identify',
+           'reid_erase']
 
-# %% ../nbs/07_biometrics.ipynb #d064f87a
+# %% ../nbs/07_biometrics.ipynb #172e0c86
 import json, sqlite3, threading, unicodedata
 from collections import Counter
 from contextlib import closing, contextmanager
@@ -26,7 +27,7 @@ from .dataset import (
     BadInput, command, detect_people, fit_boxes, sha256, video_facts, write_jpeg)
 from .toy_city import atomic_write
 
-# %% ../nbs/07_biometrics.ipynb #0693b682
+# %% ../nbs/07_biometrics.ipynb #c7c40ce5
 @dataclass(frozen=True)
 class Gate:
     "What a picture of a person must be to count."
@@ -37,7 +38,7 @@ class Gate:
     sharpness:float=10. # Least variance of the Laplacian, at 128x64 pixels
     pictures:int=5      # Pictures that a track must have after all this
 
-# %% ../nbs/07_biometrics.ipynb #03821cb4
+# %% ../nbs/07_biometrics.ipynb #68b784ed
 def sharpness(
     crop:np.ndarray, # uint8[h,w,3]
 )->float: # Variance of the Laplacian of grey levels at 128x64 pixels
@@ -45,7 +46,7 @@ def sharpness(
     grey = cv2.cvtColor(cv2.resize(crop, (64, 128)), cv2.COLOR_RGB2GRAY)
     return float(cv2.Laplacian(grey, cv2.CV_64F).var())
 
-# %% ../nbs/07_biometrics.ipynb #23421611
+# %% ../nbs/07_biometrics.ipynb #6b31018a
 @dataclass
 class Shot:
     "One person in one frame."
@@ -61,7 +62,7 @@ def covered(k, boxes):
     wh = np.minimum(box[2:], others[:,2:]) - np.maximum(box[:2], others[:,:2])
     return (wh.clip(0).prod(1)/max(1, np.prod(box[2:] - box[:2]))).max(initial=0)
 
-# %% ../nbs/07_biometrics.ipynb #81ee30c8
+# %% ../nbs/07_biometrics.ipynb #67c9fa0a
 def judge_one(frame, rgb, k, boxes, why, conf, gate):
     "The `Shot` of person `k`"
     (x1, y1, x2, y2), (H, W) = boxes[k].tolist(), rgb.shape[:2]
@@ -89,7 +90,7 @@ def judge(
     boxes, why = fit_boxes(given, *rgb.shape[:2])
     return [judge_one(frame, rgb, k, boxes, why[k], p.conf, gate) for k, p in enumerate(people)]
 
-# %% ../nbs/07_biometrics.ipynb #a0a28c92
+# %% ../nbs/07_biometrics.ipynb #387448c6
 @dataclass
 class Track:
     "One person through a clip."
@@ -115,7 +116,7 @@ class Track:
     @property
     def shots(self): return list(self.best.values())
 
-# %% ../nbs/07_biometrics.ipynb #a58406eb
+# %% ../nbs/07_biometrics.ipynb #89c427a1
 one_at_a_time = threading.Lock()  # the tracker counts its tracks in one place for all threads
 
 def find_tracks(
@@ -135,7 +136,7 @@ def find_tracks(
                 tracks.setdefault(person.track, Track(len(tracks) + 1)).add(shot)
     return list(tracks.values())
 
-# %% ../nbs/07_biometrics.ipynb #bc23bdda
+# %% ../nbs/07_biometrics.ipynb #5586cd5e
 def usable(
     tracks:list, # From `find_tracks`
     gate:Gate=Gate(), # What counts
@@ -149,7 +150,7 @@ def usable(
                 f' ({reasons})' if reasons else '')
     return [t for t in tracks if t.number not in why], why
 
-# %% ../nbs/07_biometrics.ipynb #040961d5
+# %% ../nbs/07_biometrics.ipynb #82d0c831
 @dataclass(frozen=True)
 class Matcher:
     "All that makes scores: the network, and what its scores mean."
@@ -172,7 +173,7 @@ def load_matcher(
         raise BadInput(f'{path}: no thresholds for {ckpt} in it: reid_evaluate makes them')
     return Matcher(lambda crops: embed(model, meta, crops), digest, known['thresholds'])
 
-# %% ../nbs/07_biometrics.ipynb #b476d79a
+# %% ../nbs/07_biometrics.ipynb #d3c2e5aa
 @dataclass
 class Template:
     "One track as a vector, with the pictures behind it."
@@ -191,7 +192,7 @@ def make_template(
     "Embed the best pictures of a track."
     return Template(track.shots, matcher.embed([s.crop for s in track.shots]))
 
-# %% ../nbs/07_biometrics.ipynb #ca8d2a4f
+# %% ../nbs/07_biometrics.ipynb #87ba4172
 DEVICES = {'con', 'prn', 'aux', 'nul', *(f'{d}{i}' for d in ('com', 'lpt') for i in range(10))}
 
 def fold(name): return unicodedata.normalize('NFC', name.casefold())
@@ -214,7 +215,7 @@ def clean_name(
         if holds: raise BadInput(f'{ascii(text[:40])} cannot be a name: {reason}')
     return text
 
-# %% ../nbs/07_biometrics.ipynb #0a41b724
+# %% ../nbs/07_biometrics.ipynb #afd63062
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS about(key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS identities(id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -234,7 +235,7 @@ CREATE TRIGGER IF NOT EXISTS log_stays BEFORE UPDATE ON log
 
 def now(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
-# %% ../nbs/07_biometrics.ipynb #558d8761
+# %% ../nbs/07_biometrics.ipynb #0f1897a9
 class Gallery:
     "Enrolled people: crops in folders, all else in `gallery.sqlite`."
     def __init__(self,
@@ -244,14 +245,14 @@ class Gallery:
     ): # Raises `BadInput` where there is none, or where it is another model's
         self.root = Path(root)
         self.file, self.pending = self.root/'gallery.sqlite', self.root/'pending.json'
-        if create: self.create(matcher)
-        elif not self.file.is_file():
+        if not create and not self.file.is_file():
             raise BadInput(f'{root}: no gallery here: enrol somebody first')
         try:
+            if create: self.create(matcher)
             about = dict(self.read('SELECT key, value FROM about'))
             model, self.thresholds = about['model'], json.loads(about['thresholds'])
         except (sqlite3.DatabaseError, LookupError) as e:
-            raise BadInput(f'{self.file}: not a gallery of ours ({e})') from None
+            raise BadInput(f'{self.file}: cannot be used as a gallery ({e})') from None
         if matcher and model != matcher.digest:
             raise BadInput(f'{root}: made with another model (checkpoint {model[:12]}, '
                            f'not {matcher.digest[:12]}): take that one, or a new folder')
@@ -264,7 +265,7 @@ class Gallery:
             for row in ('model', matcher.digest), ('thresholds', json.dumps(matcher.thresholds)):
                 db.execute('INSERT OR IGNORE INTO about VALUES (?,?)', row)
 
-# %% ../nbs/07_biometrics.ipynb #924939a8
+# %% ../nbs/07_biometrics.ipynb #2c3104a5
 @patch
 def connect(self:Gallery):
     db = sqlite3.connect(self.file, timeout=60, isolation_level=None)
@@ -287,7 +288,7 @@ def writing(self:Gallery):
         finally:
             if db.in_transaction: db.execute('ROLLBACK')
 
-# %% ../nbs/07_biometrics.ipynb #53e2017d
+# %% ../nbs/07_biometrics.ipynb #f9309e5a
 @patch
 def sweep(self:Gallery, db):
     "Remove the crops of `pending.json` that the database does not know."
@@ -317,7 +318,7 @@ def change(self:Gallery):
             yield db, note
     finally: self.settle()
 
-# %% ../nbs/07_biometrics.ipynb #5fb692a4
+# %% ../nbs/07_biometrics.ipynb #0b4a4c62
 BY_NAME = 'SELECT id, name FROM identities WHERE folded = ?'
 
 @patch
@@ -340,7 +341,7 @@ def log(db, event, identity=None, **detail):
     db.execute('INSERT INTO log(time, event, identity, detail) VALUES (?,?,?,?)',
                [now(), event, identity, json.dumps(detail)])
 
-# %% ../nbs/07_biometrics.ipynb #000bfc1e
+# %% ../nbs/07_biometrics.ipynb #d5887eeb
 @patch
 def add(self:Gallery,
     name:str, # Of the person
@@ -366,7 +367,7 @@ def add(self:Gallery,
         log(db, 'enrolled', who, crops=len(files))
     return dict(name=folder.name, crops=files, templates=len(self.templates(folder.name)[0]))
 
-# %% ../nbs/07_biometrics.ipynb #88aebdfb
+# %% ../nbs/07_biometrics.ipynb #aea8969a
 @patch
 def find(self:Gallery,
     name:str, # As typed
@@ -392,7 +393,7 @@ def samples(self:Gallery,
     return stack(self.read("""SELECT file, s.feature FROM samples s JOIN templates t
         ON t.id = template WHERE identity = ? ORDER BY file""", self.find(name)[0]))
 
-# %% ../nbs/07_biometrics.ipynb #a6ca57e8
+# %% ../nbs/07_biometrics.ipynb #bb6c55fb
 @patch
 def templates(self:Gallery,
     name:str=None, # Only this person's; None: everybody's
@@ -409,7 +410,7 @@ def history(self:Gallery)->list: # Of (time, event, number of the person or None
     "The log."
     return self.read('SELECT time, event, identity, detail FROM log ORDER BY id')
 
-# %% ../nbs/07_biometrics.ipynb #d2039f38
+# %% ../nbs/07_biometrics.ipynb #69e786d1
 @patch
 def erase(self:Gallery,
     name:str, # Of an enrolled person
@@ -424,7 +425,20 @@ def erase(self:Gallery,
     left = sorted(p.name for p in (self.root/name).glob('*'))
     return dict(name=name, number=who, crops=len(files), templates=n, left=left, time=now())
 
-# %% ../nbs/07_biometrics.ipynb #d24eb669
+# %% ../nbs/07_biometrics.ipynb #a0ab0880
+class SeveralPeople(BadInput):
+    "Who is meant? `tracks` has them all."
+    def __init__(self, message, tracks):
+        super().__init__(message)
+        self.tracks = tracks
+
+def fps_of(video, start):
+    "Frames a second; raises `BadInput` for a broken clip, or one that ends before `start`"
+    facts = video_facts(video)
+    if start >= facts['frames']:
+        raise BadInput(f'{video}: it has no frame {start}, only {facts["frames"]} frames')
+    return facts['fps'] or 25   # a few files do not say
+
 def look_at(video, weights, start, stop):
     "Usable tracks, and why the others are not; raises `BadInput` where nobody can be used"
     tracks, why = usable(find_tracks(video, weights, start, stop))
@@ -450,21 +464,21 @@ def enroll(
     weights:str='motion', # Detector, see `detect_people`
     track:int=None, # Number of the person in the clip; needed where there are several
     consent:str='', # Who agreed to what, in words
-)->dict: # See `Gallery.add`; raises `BadInput`, and then nothing is stored
+)->dict: # See `Gallery.add`; raises `BadInput` or `SeveralPeople`, and then nothing is stored
     "Enrol one person from a clip."
     name, matcher = clean_name(name), load_matcher(checkpoint)
-    fps = video_facts(video)['fps']
+    fps = fps_of(video, start)
     tracks, why = look_at(video, weights, start, stop)
     here = f'{video}: ' + '; '.join(describe(t, fps) for t in tracks)
     if track is None and len(tracks) > 1:
-        raise BadInput(f'{here}: which of these people? Choose one with track (--track N)')
+        raise SeveralPeople(f'{here}: which of these people? Choose one: --track N', tracks)
     chosen = [t for t in tracks if track in (None, t.number)]
     if not chosen:
         raise BadInput(f'{here}: person {track}: {why.get(track, "no such number")}')
     template = make_template(chosen[0], matcher)
     return Gallery(gallery, matcher, create=True).add(name, template, consent)
 
-# %% ../nbs/07_biometrics.ipynb #e0d16dfa
+# %% ../nbs/07_biometrics.ipynb #168254a9
 def zone_of(
     thresholds:dict, # See `Matcher`
     fmr:float=.01, # False match rate, for each comparison with one template
@@ -479,7 +493,7 @@ def answer_to(score, zone):
     if score >= zone[1]: return 'match'
     return 'no match' if score < zone[0] else 'look yourself'
 
-# %% ../nbs/07_biometrics.ipynb #6d39c133
+# %% ../nbs/07_biometrics.ipynb #3386893e
 @dataclass
 class Decision:
     "What is decided about one person of a clip, and why."
@@ -493,9 +507,10 @@ class Decision:
     times:tuple   # The same in seconds
     ranking:list  # (name, score) of everybody compared, best first
     pair:dict     # crop (path below the root), frame, box, score: the most similar pair
-    shot:Shot=field(repr=False) # The probe's half of the pair
+    shot:Shot=field(repr=False)      # The probe's half of the pair
+    probe:Template=field(repr=False) # All its pictures
 
-# %% ../nbs/07_biometrics.ipynb #e02a45b2
+# %% ../nbs/07_biometrics.ipynb #da5d8f3d
 def decide(
     track:Track, # Of the clip
     probe:Template, # Of the track
@@ -518,9 +533,9 @@ def decide(
     frames = track.seen[0][0], track.seen[-1][0]
     pair = dict(crop=files[j], frame=shot.frame, box=shot.box, score=float(pairs[i,j]))
     return Decision(track.number, answer, name, score, *zone, frames,
-                    tuple(round(f/fps, 2) for f in frames), ranking, pair, shot)
+                    tuple(round(f/fps, 2) for f in frames), ranking, pair, shot, probe)
 
-# %% ../nbs/07_biometrics.ipynb #535f2910
+# %% ../nbs/07_biometrics.ipynb #0ecf6d93
 ORDER = 'match', 'look yourself', 'no match'
 
 @dataclass
@@ -539,12 +554,13 @@ class Outcome:
 
     def to_dict(self):
         "All of it but the pictures, as JSON can hold it"
-        plain = [{k: v for k, v in vars(d).items() if k != 'shot'} for d in self.decisions]
+        pictures = 'shot', 'probe'
+        plain = [{k: v for k, v in vars(d).items() if k not in pictures} for d in self.decisions]
         return dict(vars(self), answer=self.answer, decisions=plain)
 
     def __str__(self): return '\n'.join(explain(self))
 
-# %% ../nbs/07_biometrics.ipynb #4f9fc637
+# %% ../nbs/07_biometrics.ipynb #9baa0851
 def explain(
     outcome:Outcome, # Of `verify` or `identify`
 )->list: # Of str: the answer, then a line for each person
@@ -567,14 +583,14 @@ def explain(
                   'look yourself': f'look yourself: somebody in the clip may be {who}'}[outcome.answer]
     return [head, *lines]
 
-# %% ../nbs/07_biometrics.ipynb #2d73b066
+# %% ../nbs/07_biometrics.ipynb #fe4e55aa
 def ask(name, video, gallery, checkpoint, start, stop, weights, fmr):
     "Decide about everybody in a clip"
     matcher = load_matcher(checkpoint)
     here = Gallery(gallery, matcher)
     who, name = (None, None) if name is None else here.find(name)
     here.templates()    # an empty gallery complains before the long part
-    zone, fps = zone_of(here.thresholds, fmr), video_facts(video)['fps']
+    zone, fps = zone_of(here.thresholds, fmr), fps_of(video, start)
     tracks, why = look_at(video, weights, start, stop)
     decisions = [decide(t, make_template(t, matcher), here, zone, fps, name) for t in tracks]
     outcome = Outcome(name, decisions, why, float(fmr), Path(weights).name)
@@ -582,7 +598,7 @@ def ask(name, video, gallery, checkpoint, start, stop, weights, fmr):
     with here.writing() as db: log(db, event, who, answer=outcome.answer, people=len(decisions))
     return outcome
 
-# %% ../nbs/07_biometrics.ipynb #c116cdcc
+# %% ../nbs/07_biometrics.ipynb #84335cf6
 def verify(
     name:str, # The claimed identity
     video, # Path of a clip
@@ -608,7 +624,7 @@ def identify(
     "Who is in the clip?"
     return ask(None, video, gallery, checkpoint, start, stop, weights, fmr)
 
-# %% ../nbs/07_biometrics.ipynb #0b035b3f
+# %% ../nbs/07_biometrics.ipynb #b05f6c7a
 def side_by_side(
     left:np.ndarray, # uint8[h,w,3], RGB
     right:np.ndarray, # uint8[h,w,3], RGB
@@ -625,7 +641,7 @@ def evidence(
     "The most similar pair of a decision."
     return side_by_side(decision.shot.crop, read_rgb(Path(gallery)/decision.pair['crop']))
 
-# %% ../nbs/07_biometrics.ipynb #1adf3cd0
+# %% ../nbs/07_biometrics.ipynb #c8be78c8
 def as_json(answer): return json.dumps(answer, ensure_ascii=False, indent=1)
 
 @command
@@ -647,7 +663,7 @@ def reid_enroll(
     crops, n = len(done['crops']), done['templates']
     print(f'{done["name"]}: {crops} crops added to {gallery}, {n} templates now')
 
-# %% ../nbs/07_biometrics.ipynb #b2541c7e
+# %% ../nbs/07_biometrics.ipynb #9ab54632
 @command
 def reid_verify(
     name:str, # The claimed identity

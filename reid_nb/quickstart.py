@@ -8,7 +8,7 @@ __all__ = ['SMALL', 'SEEN', 'UNSEEN', 'ENROLLED', 'QUESTIONS', 'STYLE', 'reid_qu
            'html_table', 'html_image', 'crop_sheet', 'draw_figures', 'write_report', 'claim', 'show_table',
            'quickstart']
 
-# %% ../nbs/07b_quickstart.ipynb #531cc278
+# %% ../nbs/07b_quickstart.ipynb #f301813f
 import base64, functools, html, io, json, resource, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ from .finetune import finetune
 from .moco import load_checkpoint, plot_history, pretrain
 from .toy_city import atomic_write, build_toy, write_image
 
-# %% ../nbs/07b_quickstart.ipynb #2fea9ed0
+# %% ../nbs/07b_quickstart.ipynb #600b621c
 @dataclass(frozen=True)
 class Plan:
     "How many people, how many epochs."
@@ -36,15 +36,14 @@ class Plan:
     n_test:int=48          # Other labelled people to test on
     arch:str='resnet10'    # The network, small enough for two CPU cores
     size:tuple=(96,48)     # Height and width of its input, in pixels
-    pretrain_epochs:int=10 # MoCo's
+    pretrain_epochs:int=9  # MoCo's
     finetune_epochs:int=40 # Of each fine-tuning
     batch:int=64           # MoCo's
-    lr:float=.24           # MoCo's at a batch of 256: higher than usual, for a run of few steps
     seeds:int=2            # Fine-tunings with, and as many without pre-training
 
 SMALL = Plan(n_street=8, n_train=6, n_test=6, pretrain_epochs=1, finetune_epochs=2, seeds=1)
 
-# %% ../nbs/07b_quickstart.ipynb #89bd885c
+# %% ../nbs/07b_quickstart.ipynb #df70265f
 class Steps:
     "Runs each named step once; a finished one is read back from its record."
     def __init__(self,
@@ -69,7 +68,7 @@ class Steps:
         self.results[name] = done
         return done['result']
 
-# %% ../nbs/07b_quickstart.ipynb #a826dde0
+# %% ../nbs/07b_quickstart.ipynb #cbdc11b9
 class QuietHandler(SimpleHTTPRequestHandler):
     "Serves files and keeps quiet about it."
     def log_message(self, *args): pass
@@ -85,7 +84,7 @@ def serve(
         try: yield f'http://127.0.0.1:{server.server_port}'
         finally: server.shutdown()
 
-# %% ../nbs/07b_quickstart.ipynb #71ea571d
+# %% ../nbs/07b_quickstart.ipynb #45fe59d7
 SEEN,UNSEEN = ('market','Porto, seen'),('cuhk03_np/labeled','Nord, unseen')
 
 def collect(steps, plan, seed):
@@ -109,13 +108,13 @@ def collect(steps, plan, seed):
     steps('extract', 'people are cut out', cut)
     steps('pack', 'the crops become one file', fill)
 
-# %% ../nbs/07b_quickstart.ipynb #8376edcc
+# %% ../nbs/07b_quickstart.ipynb #46736381
 def learn(steps, plan, seed):
     "MoCo, then fine-tuning with and without it; {'moco': [checkpoints], 'scratch': [...]}"
     d = steps.dest
     moco = steps('moco', 'MoCo learns from the crops, without labels', lambda: str(pretrain(
         d/'crops.lmdb', d/'moco', arch=plan.arch, epochs=plan.pretrain_epochs, size=plan.size, batch=plan.batch,
-        lr=plan.lr, augment='moco_v2', cities=['alba/porto'], seed=seed).relative_to(d)))
+        lr=.004, optimizer='adamw', m=.99, queue=8, augment='person', cities=['alba/porto'], seed=seed).relative_to(d)))
     def tune(kind, k): return str(finetune(
         d/'toy'/'market', 'bot', init=d/moco if kind == 'moco' else None, out=d/f'{kind}_{k}', arch=plan.arch,
         epochs=plan.finetune_epochs, size=plan.size, seed=seed+k).relative_to(d))
@@ -123,7 +122,7 @@ def learn(steps, plan, seed):
                    for k in range(plan.seeds)]
             for kind,words in (('moco','from MoCo'), ('scratch','from nothing'))}
 
-# %% ../nbs/07b_quickstart.ipynb #17719132
+# %% ../nbs/07b_quickstart.ipynb #e4c45715
 def histogram_features(root, path):
     "Colour histograms of a set's pictures as an npz file, for `evaluate(features=...)`"
     bench = read_benchmark('market_folder', root)
@@ -144,7 +143,7 @@ def measure(steps, checkpoints, seed):
                      for part,words in (SEEN, UNSEEN)}
     return out
 
-# %% ../nbs/07b_quickstart.ipynb #60d75097
+# %% ../nbs/07b_quickstart.ipynb #29ee3020
 def row_of(results, figure):
     "'mean ± spread [low, high]' in per cent"
     v = 100*np.array([r['figures'][figure]['value'] for r in results])
@@ -159,19 +158,20 @@ def score_table(scores):
     return rows + [[names[k], *(row_of(scores[k][part], f) for part,_ in (SEEN, UNSEEN) for f in ('rank1','mAP'))]
                    for k in names]
 
-# %% ../nbs/07b_quickstart.ipynb #0c35d202
+# %% ../nbs/07b_quickstart.ipynb #7668a832
 ENROLLED = 'Ada Bruno Chiara'.split()
 QUESTIONS = [('verify', 'Ada', 'ada_c3', 'match'), ('verify', 'Ada', 'dario_c3', 'no match'),
              ('identify', None, 'bruno_c3', 'Bruno'), ('identify', None, 'elena_c3', 'unknown')]
 
-# %% ../nbs/07b_quickstart.ipynb #c9896d89
+# %% ../nbs/07b_quickstart.ipynb #fd9a8ac5
 def recognise(steps, checkpoint):
     "Enrol three people and ask four questions; the answers as dicts"
     d = steps.dest
     clip = lambda name: d/'toy'/'clips'/f'{name}.mp4'
     def enrol(name):
         video = clip(f'{name.lower()}_c1')
-        longest = max(look_at(video, 'motion', 0, None)[0], key=lambda t: len(t.seen))   # a person may be lost and found
+        tracks,_ = look_at(video, 'motion', 0, None)
+        longest = max(tracks, key=lambda t: len(t.seen))   # a person may be lost and found again
         got = enroll(name, video, d/'gallery', d/checkpoint, track=longest.number, consent='drawn for this course')
         return dict(name=name, crops=len(got['crops']))
     def ask(kind, claimed, name, truth):
@@ -188,7 +188,7 @@ def recognise(steps, checkpoint):
     return [steps(f'ask_{i}', f'question {i+1}: {q[0]} with {q[2]}', functools.partial(ask, *q))
             for i,q in enumerate(QUESTIONS)]
 
-# %% ../nbs/07b_quickstart.ipynb #4838d447
+# %% ../nbs/07b_quickstart.ipynb #eeb29d87
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 td,th{border-bottom:1px solid #ccc;padding:.3rem .8rem;text-align:left}
@@ -207,7 +207,7 @@ def html_image(data, alt):
         data = png.getvalue()
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
-# %% ../nbs/07b_quickstart.ipynb #cce7645f
+# %% ../nbs/07b_quickstart.ipynb #066f6f8d
 def crop_sheet(
     store:CropStore, # Where the crops are
     n:int=24, # How many, evenly over the store
@@ -233,7 +233,7 @@ def draw_figures(dest, moco):
     plt.close('all')
     return sorted(f.name for f in out.glob('*.png'))
 
-# %% ../nbs/07b_quickstart.ipynb #3e9774c1
+# %% ../nbs/07b_quickstart.ipynb #f61d49d5
 def write_report(
     steps, # `Steps`, all done
     table:list, # Rows of the closing table
@@ -262,7 +262,7 @@ def write_report(
                 f'<title>reid_nb quickstart</title><style>{STYLE}</style>\n'+'\n'.join(parts))
     return d/'report.html'
 
-# %% ../nbs/07b_quickstart.ipynb #f78899bf
+# %% ../nbs/07b_quickstart.ipynb #25aac74b
 def claim(dest, settings):
     "Make `dest` the folder of this walk; raises `BadInput` if it is another's"
     note = Path(dest)/'walk.json'
@@ -277,7 +277,7 @@ def show_table(rows):
     widths = [max(len(str(r[i])) for r in rows) for i in range(len(rows[0]))]
     for r in rows: print('  '.join(str(c).ljust(w) for c,w in zip(r, widths)).rstrip())
 
-# %% ../nbs/07b_quickstart.ipynb #536c336b
+# %% ../nbs/07b_quickstart.ipynb #d34b0c3a
 def quickstart(
     dest:str='quickstart', # Folder for everything; a second walk goes on with what stands there
     seed:int=0, # Of the city, the weights, the batches
@@ -302,9 +302,10 @@ def quickstart(
     show_table([['question','truth','answer','score','threshold'], *([a['question'], a['truth'], a['answer'],
                 f'{a["score"]:.2f}', f'{a["threshold"]:.2f}'] for a in answers)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
-    print(f'\n{time.perf_counter()-t:.0f} s in this walk, {sum(s["seconds"] for s in steps.results.values()):.0f} s in all '
-          f'its steps; peak memory {peak:.1f} GB\nreport: {report}\nnext: {next_step}')
+    spent = sum(s['seconds'] for s in steps.results.values())
+    print(f'\n{time.perf_counter()-t:.0f} s in this walk, {spent:.0f} s in all its steps; peak memory {peak:.1f} GB')
+    print(f'report: {report}\nnext: {next_step}')
     return report
 
-# %% ../nbs/07b_quickstart.ipynb #fe9eed16
+# %% ../nbs/07b_quickstart.ipynb #7cb481b2
 reid_quickstart = command(quickstart, show=lambda report: None)

@@ -30,7 +30,8 @@ def market(tmp_path_factory):
         (root/part).mkdir()
         for pid in pids:
             for i in range(6):
-                img = rng_of(part, pid, i).integers(0, 99, (64,32,3), np.uint8) + rng_of(pid).integers(0, 150, 3, np.uint8)
+                img = rng_of(part, pid, i).integers(0, 99, (64,32,3), np.uint8)
+                img += rng_of(pid).integers(0, 150, 3, np.uint8)
                 cam = 1 if part=='query' else 2+i%2
                 cv2.imwrite(str(root/part/f'{pid:04d}_c{cam}s1_{i:06d}_00.jpg'), img)
     return root

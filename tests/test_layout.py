@@ -17,8 +17,8 @@ def files(root):
     return {str(f.relative_to(root)): f.read_bytes() for f in found}
 
 def test_modules_and_notebooks_agree(tmp_path):
-    for d in ('nbs', 'reid_nb'):
-        shutil.copytree(ROOT/d, tmp_path/d, ignore=shutil.ignore_patterns('_run', '__pycache__', '_proc'), symlinks=True)
+    skip = shutil.ignore_patterns('_run', '__pycache__', '_proc')
+    for d in ('nbs', 'reid_nb'): shutil.copytree(ROOT/d, tmp_path/d, ignore=skip, symlinks=True)
     for f in ('settings.ini', '_quarto.yml', 'README.md'): shutil.copy(ROOT/f, tmp_path)
     for tool in ('nbdev_clean', 'nbdev_export'): subprocess.run([BIN/tool], cwd=tmp_path, check=True)
     before, after = files(ROOT), files(tmp_path)

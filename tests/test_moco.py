@@ -23,7 +23,8 @@ def store(tmp_path_factory):
     "64 small crops of coloured noise in a store."
     root = tmp_path_factory.mktemp('moco')
     for i in range(64):
-        img = rng_of('crop', i).integers(0, 255, (40,20,3), np.uint8)//2 + rng_of('tint', i).integers(0, 120, 3, np.uint8)
+        img = rng_of('crop', i).integers(0, 255, (40,20,3), np.uint8)//2
+        img += rng_of('tint', i).integers(0, 120, 3, np.uint8)
         path = root/f'crops/alba/porto/v{i%2:010d}/{i%8:06d}_{i:07d}_00.jpg'
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), img)
