@@ -7,7 +7,7 @@ __all__ = ['PREFIXES', 'RECIPES', 'STATS', 'ReidModel', 'read_weights', 'Transfe
            'seeded', 'pk_batches', 'read_image', 'alter', 'TrainImages', 'take_labels', 'TrainData', 'Trainer',
            'finetune', 'load_model', 'embed', 'reid_finetune']
 
-# %% ../nbs/05_finetune.ipynb #945392ec
+# %% ../nbs/05_finetune.ipynb #667b2959
 import hashlib, os, random, sys, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ with warnings.catch_warnings():  # it tells that its compiled ranking is missing
     from torchreid.reid.engine.engine import Engine
     from torchreid.reid.losses import TripletLoss
 
-# %% ../nbs/05_finetune.ipynb #477a6bb9
+# %% ../nbs/05_finetune.ipynb #5e44d2af
 class ReidModel(nn.Module):
     "A backbone, average pooling, a neck and a classifier."
     def __init__(self,
@@ -67,7 +67,7 @@ class ReidModel(nn.Module):
         f = self.sides(x)
         return self.classifier(f['after']), f[self.feature]
 
-# %% ../nbs/05_finetune.ipynb #f214dd4b
+# %% ../nbs/05_finetune.ipynb #2f1eaa48
 PREFIXES = ['module.encoder_q.', 'encoder_q.', 'module.backbone.', 'backbone.',
             'module.model.', 'model.', 'module.', '']
 
@@ -89,7 +89,7 @@ def read_weights(
     if not tensors: raise BadInput(f'{path} holds no tensors by name')
     return tensors,{}
 
-# %% ../nbs/05_finetune.ipynb #d1263c65
+# %% ../nbs/05_finetune.ipynb #1f14a8c0
 @dataclass
 class Transfer:
     "What became of each tensor."
@@ -124,7 +124,7 @@ def match_weights(
     spare = [k for k in strip(prefix) if k not in own and not k.endswith('num_batches_tracked')]
     return Transfer(prefix, matched, missing, spare, {})
 
-# %% ../nbs/05_finetune.ipynb #1266248e
+# %% ../nbs/05_finetune.ipynb #4cca339e
 def transfer_weights(
     model:ReidModel, # Its backbone is filled
     path, # See `read_weights`
@@ -148,7 +148,7 @@ def transfer_weights(
     model.backbone.load_state_dict({**own, **filled})
     return table
 
-# %% ../nbs/05_finetune.ipynb #707392df
+# %% ../nbs/05_finetune.ipynb #8df29e2f
 @dataclass
 class Recipe:
     "How to fine-tune; the defaults are BoT's, after fast-reid."
@@ -183,7 +183,7 @@ RECIPES = dict(
     trip=Recipe(feature='after', softmax=0.),
     bot=Recipe())
 
-# %% ../nbs/05_finetune.ipynb #0ac5244c
+# %% ../nbs/05_finetune.ipynb #15eea5a0
 @contextmanager
 def seeded(
     *key, # See `rng_of`
@@ -215,7 +215,7 @@ def pk_batches(
             step += 1
         epoch += 1
 
-# %% ../nbs/05_finetune.ipynb #e4dc636a
+# %% ../nbs/05_finetune.ipynb #e34b2b95
 def read_image(
     image, # Path, or uint8[H,W,3] in RGB
     size, # Height and width in pixels
@@ -241,7 +241,7 @@ def alter(
     if rng.random()<recipe.erase: img[random_box((h,w), rng, (.02,.4), (.3,3.3))] = fill
     return img
 
-# %% ../nbs/05_finetune.ipynb #0c7da5f6
+# %% ../nbs/05_finetune.ipynb #0010dd55
 class TrainImages(ImageDataset):
     "torchreid's dataset, taken by (key, index): the key and the seed decide the dice."
     def __init__(self,
@@ -260,7 +260,7 @@ class TrainImages(ImageDataset):
         img = alter(read_image(path, self.size), rng, self.recipe, self.fill)
         return dict(img=img, pid=pid, camid=camid)
 
-# %% ../nbs/05_finetune.ipynb #5603e99c
+# %% ../nbs/05_finetune.ipynb #37ffa779
 def take_labels(
     samples:list, # `Sample`s of the training part
     labels:float=1., # Share of the identities to keep, above 0 up to 1
@@ -274,7 +274,7 @@ def take_labels(
     new = {p: i for i,p in enumerate(sorted(keep.tolist()))}
     return [s._replace(pid=new[s.pid]) for s in samples if s.pid in new]
 
-# %% ../nbs/05_finetune.ipynb #d559881e
+# %% ../nbs/05_finetune.ipynb #76e5337f
 @dataclass
 class TrainData:
     "What torchreid's engine asks of a data manager."
@@ -326,11 +326,11 @@ class Trainer(Engine):
             for g in self.opt.param_groups: g['lr'] = lr
             session.log(max(1, total//50), **self.forward_backward(batch), lr=lr)
 
-# %% ../nbs/05_finetune.ipynb #d6379a1f
+# %% ../nbs/05_finetune.ipynb #768f0ae9
 STATS = dict(imagenet=((.485,.456,.406), (.229,.224,.225)),
              luperson=((.3525,.3106,.3140), (.2660,.2522,.2505)))
 
-# %% ../nbs/05_finetune.ipynb #bfc89ef7
+# %% ../nbs/05_finetune.ipynb #2db28faf
 def finetune(
     data, # A Market-style folder, with `bounding_box_train` inside
     recipe:str='bot', # One of `RECIPES`
@@ -383,7 +383,7 @@ def finetune(
     about |= dict(kind='reid', recipe=recipe, classes=classes, neck=rec.neck, feature=rec.feature)
     return session.finish(total, model.state_dict(), about)
 
-# %% ../nbs/05_finetune.ipynb #307f80e3
+# %% ../nbs/05_finetune.ipynb #f69bfd4d
 def load_model(
     ckpt, # A checkpoint of `finetune`, or of `pretrain` (then the embedding is the pooled feature)
 )->tuple: # The model in eval mode, and the checkpoint's settings; raises `BadInput`
@@ -413,7 +413,7 @@ def embed(
         out.append(F.normalize(f, dim=1).cpu().numpy())
     return np.concatenate(out)
 
-# %% ../nbs/05_finetune.ipynb #aec0465d
+# %% ../nbs/05_finetune.ipynb #8de54ff2
 @command
 def reid_finetune(
     data:str, # A Market-style folder, with bounding_box_train inside

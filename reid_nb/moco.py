@@ -8,7 +8,7 @@ __all__ = ['GRAY', 'AUGMENTS', 'RESNETS', 'OSNETS', 'OPTIMIZERS', 'random_box', 
            'load_checkpoint', 'MoCo', 'lr_at', 'queue_batches', 'to_tensors', 'from_tensors', 'Session',
            'catch_signals', 'outcome', 'parse_size', 'pretrain', 'plot_history', 'reid_pretrain']
 
-# %% ../nbs/04_moco.ipynb #bc24e262
+# %% ../nbs/04_moco.ipynb #00f38280
 import copy, json, math, os, signal, sys, threading, time
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ from .crop_store import CropDataset, CropStore
 from .dataset import BadInput, command
 from .toy_city import atomic_write, rng_of
 
-# %% ../nbs/04_moco.ipynb #3fe7dbe4
+# %% ../nbs/04_moco.ipynb #44f5f5b9
 def random_box(
     hw, # Height and width of the image
     rng, # `np.random.Generator`
@@ -48,7 +48,7 @@ def random_box(
     y,x = rng.integers(H-h+1),rng.integers(W-w+1)
     return slice(y, y+h),slice(x, x+w)
 
-# %% ../nbs/04_moco.ipynb #ccc9725c
+# %% ../nbs/04_moco.ipynb #671ec901
 GRAY = np.array([.299,.587,.114])
 
 def color_matrix(
@@ -64,7 +64,7 @@ def color_matrix(
     sat = s*np.eye(3) + (1-s)*GRAY
     return np.c_[c*b*hue@sat, np.full(3, (1-c)*b*mean)]
 
-# %% ../nbs/04_moco.ipynb #4b0ab958
+# %% ../nbs/04_moco.ipynb #4301f31c
 @dataclass
 class Augment:
     "Random views of a crop; see `AUGMENTS` for the known ways."
@@ -94,7 +94,7 @@ class Augment:
 
 AUGMENTS = dict(luperson=dict(erase=.5), moco_v2=dict(jitter=.8), person=dict(jitter=.8, upright=True))
 
-# %% ../nbs/04_moco.ipynb #e84aa8c4
+# %% ../nbs/04_moco.ipynb #07f7f2b9
 def crop_batches(
     n:int, # Number of crops
     batch:int, # Crops a step
@@ -120,7 +120,7 @@ class ViewPairs(torch.utils.data.Dataset):
         img,rng = self.crops[i[1]],rng_of('views', self.seed, *i)
         return np.stack([self.augment(img, rng) for _ in 'qk'])
 
-# %% ../nbs/04_moco.ipynb #26f54565
+# %% ../nbs/04_moco.ipynb #01b27306
 def pick_device(
     device:str=None, # 'cuda', 'cpu', ...; None: the GPU where there is one
 )->torch.device: # Device
@@ -148,7 +148,7 @@ def to_input(
     mean,std = [255*torch.as_tensor(v, device=x.device).float().view(3,1,1) for v in (mean,std)]
     return x.sub_(mean).div_(std)
 
-# %% ../nbs/04_moco.ipynb #8cdbd629
+# %% ../nbs/04_moco.ipynb #7a75c7ab
 def choose(
     known, # Things by name, or names
     name:str, # The one wanted
@@ -181,7 +181,7 @@ def build_backbone(
     body.dim = dim
     return body
 
-# %% ../nbs/04_moco.ipynb #58dab620
+# %% ../nbs/04_moco.ipynb #4404e050
 def save_checkpoint(
     path, # Ends in .safetensors; a .json of the same name is written beside it
     tensors:dict, # Name to tensor
@@ -209,7 +209,7 @@ def load_checkpoint(
         raise BadInput(f'{path} is not a whole safetensors file ({e}): copy it again')
     raise BadInput(f'{path} has no settings inside: reid_pretrain and reid_finetune write others')
 
-# %% ../nbs/04_moco.ipynb #f0e42b6b
+# %% ../nbs/04_moco.ipynb #35da9151
 class MoCo(nn.Module):
     "MoCo v2: two encoders, a queue of keys, one loss."
     def __init__(self,
@@ -270,7 +270,7 @@ class MoCo(nn.Module):
         self.enqueue(k)
         return loss, (logits.argmax(1)==0).float().mean()
 
-# %% ../nbs/04_moco.ipynb #a0ef19c7
+# %% ../nbs/04_moco.ipynb #dc2891f1
 def lr_at(
     step:int, # From 0
     total:int, # Steps really planned
@@ -283,7 +283,7 @@ def lr_at(
     if step<up: return peak*(step+1)/up
     return peak*(1+math.cos(math.pi*(step-up)/max(1,total-up)))/2
 
-# %% ../nbs/04_moco.ipynb #b1a03c8e
+# %% ../nbs/04_moco.ipynb #f709bea4
 def queue_batches(
     n:int, # Crops in the store
     batch:int, # Crops a step
@@ -296,7 +296,7 @@ def queue_batches(
     if queue>256: print(f'warning: the oldest keys are {queue} steps stale', file=sys.stderr)
     return queue
 
-# %% ../nbs/04_moco.ipynb #4c70a77a
+# %% ../nbs/04_moco.ipynb #63de1614
 def to_tensors(
     part, # A module or an optimiser
 )->dict: # Name to tensor
@@ -317,7 +317,7 @@ def from_tensors(
         state.setdefault(int(i), {})[k] = v
     part.load_state_dict({**part.state_dict(), 'state': state})
 
-# %% ../nbs/04_moco.ipynb #4ad509a9
+# %% ../nbs/04_moco.ipynb #4d87ac8e
 class Session:
     "A training that may stop at any moment and goes on when the same command is given."
     def __init__(self,
@@ -347,7 +347,7 @@ class Session:
         self.check(self.result, meta)
         return meta['finished']
 
-# %% ../nbs/04_moco.ipynb #a73674bf
+# %% ../nbs/04_moco.ipynb #6d835ec2
 @patch
 def save(self:Session):
     "Write the whole state into one file."
@@ -382,7 +382,7 @@ def log(self:Session,
     self.history.append({'step': self.step+1, **{k: v/every for k,v in self.sums.items()}})
     self.sums = {}
 
-# %% ../nbs/04_moco.ipynb #c6b3cfe8
+# %% ../nbs/04_moco.ipynb #b827978a
 @contextmanager
 def catch_signals(
     found:list, # Signals that came
@@ -417,7 +417,7 @@ def steps(self:Session,
         if self.step<total: self.save()
     if found: raise KeyboardInterrupt if found[0]==signal.SIGINT else SystemExit(128+found[0])
 
-# %% ../nbs/04_moco.ipynb #eb43fd2b
+# %% ../nbs/04_moco.ipynb #e24eb26b
 @patch
 def finish(self:Session,
     total:int, # Steps planned
@@ -441,7 +441,7 @@ def outcome(
     last = [f'{k} {v:.3g}' for h in meta['history'][-1:] for k,v in h.items()]
     return ', '.join([f'{path}: {end}', *last])
 
-# %% ../nbs/04_moco.ipynb #5b1f83b6
+# %% ../nbs/04_moco.ipynb #983c6f98
 def parse_size(
     size, # '256x128', '256 128', or a pair of numbers
 )->tuple: # Height and width in pixels; raises `BadInput` where it is no size
@@ -452,11 +452,11 @@ def parse_size(
         raise BadInput(f'size {size!r} is not HEIGHTxWIDTH in pixels, such as 256x128')
     return int(parts[0]),int(parts[1])
 
-# %% ../nbs/04_moco.ipynb #568094c2
+# %% ../nbs/04_moco.ipynb #c21020aa
 OPTIMIZERS = dict(sgd=partial(torch.optim.SGD, lr=0, momentum=.9, weight_decay=1e-4),
                   adamw=partial(torch.optim.AdamW, lr=0, weight_decay=1e-4))
 
-# %% ../nbs/04_moco.ipynb #025302a6
+# %% ../nbs/04_moco.ipynb #823e52ab
 def pretrain(
     store, # LMDB file of crops, from `reid_pack`
     out='moco', # Folder of the result
@@ -510,7 +510,7 @@ def pretrain(
     backbone = {f'backbone.{k}': v for k,v in model.encoder_q.backbone.state_dict().items()}
     return session.finish(total, backbone, dict(about, kind='moco'))
 
-# %% ../nbs/04_moco.ipynb #908a428c
+# %% ../nbs/04_moco.ipynb #b193cd5b
 def plot_history(
     history:list, # Lines from a checkpoint's meta, dicts with `step`
     names=('loss','accuracy','lr'), # What to draw
@@ -525,7 +525,7 @@ def plot_history(
         ax.set(xlabel='step', ylabel=name)
     return axs
 
-# %% ../nbs/04_moco.ipynb #b3fc46d1
+# %% ../nbs/04_moco.ipynb #e639b596
 @command
 def reid_pretrain(
     store:str, # LMDB file of crops, from reid_pack

@@ -8,7 +8,7 @@ __all__ = ['SMALL', 'SEEN', 'UNSEEN', 'ENROLLED', 'QUESTIONS', 'STYLE', 'reid_qu
            'html_table', 'html_image', 'crop_sheet', 'draw_figures', 'write_report', 'claim', 'show_table',
            'quickstart']
 
-# %% ../nbs/07b_quickstart.ipynb #f301813f
+# %% ../nbs/07b_quickstart.ipynb #6ec575d8
 import base64, functools, html, io, json, resource, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ from .finetune import finetune
 from .moco import load_checkpoint, plot_history, pretrain
 from .toy_city import atomic_write, build_toy, write_image
 
-# %% ../nbs/07b_quickstart.ipynb #600b621c
+# %% ../nbs/07b_quickstart.ipynb #01b3cab6
 @dataclass(frozen=True)
 class Plan:
     "How many people, how many epochs."
@@ -43,7 +43,7 @@ class Plan:
 
 SMALL = Plan(n_street=8, n_train=6, n_test=6, pretrain_epochs=1, finetune_epochs=2, seeds=1)
 
-# %% ../nbs/07b_quickstart.ipynb #df70265f
+# %% ../nbs/07b_quickstart.ipynb #e4457b11
 class Steps:
     "Runs each named step once; a finished one is read back from its record."
     def __init__(self,
@@ -68,7 +68,7 @@ class Steps:
         self.results[name] = done
         return done['result']
 
-# %% ../nbs/07b_quickstart.ipynb #cbdc11b9
+# %% ../nbs/07b_quickstart.ipynb #b4ae78e0
 class QuietHandler(SimpleHTTPRequestHandler):
     "Serves files and keeps quiet about it."
     def log_message(self, *args): pass
@@ -84,7 +84,7 @@ def serve(
         try: yield f'http://127.0.0.1:{server.server_port}'
         finally: server.shutdown()
 
-# %% ../nbs/07b_quickstart.ipynb #45fe59d7
+# %% ../nbs/07b_quickstart.ipynb #9262a8e7
 SEEN,UNSEEN = ('market','Porto, seen'),('cuhk03_np/labeled','Nord, unseen')
 
 def collect(steps, plan, seed):
@@ -108,7 +108,7 @@ def collect(steps, plan, seed):
     steps('extract', 'people are cut out', cut)
     steps('pack', 'the crops become one file', fill)
 
-# %% ../nbs/07b_quickstart.ipynb #46736381
+# %% ../nbs/07b_quickstart.ipynb #03e593a0
 def learn(steps, plan, seed):
     "MoCo, then fine-tuning with and without it; {'moco': [checkpoints], 'scratch': [...]}"
     d = steps.dest
@@ -122,7 +122,7 @@ def learn(steps, plan, seed):
                    for k in range(plan.seeds)]
             for kind,words in (('moco','from MoCo'), ('scratch','from nothing'))}
 
-# %% ../nbs/07b_quickstart.ipynb #e4c45715
+# %% ../nbs/07b_quickstart.ipynb #ac9cfe49
 def histogram_features(root, path):
     "Colour histograms of a set's pictures as an npz file, for `evaluate(features=...)`"
     bench = read_benchmark('market_folder', root)
@@ -143,7 +143,7 @@ def measure(steps, checkpoints, seed):
                      for part,words in (SEEN, UNSEEN)}
     return out
 
-# %% ../nbs/07b_quickstart.ipynb #29ee3020
+# %% ../nbs/07b_quickstart.ipynb #39e42729
 def row_of(results, figure):
     "'mean ± spread [low, high]' in per cent"
     v = 100*np.array([r['figures'][figure]['value'] for r in results])
@@ -158,12 +158,12 @@ def score_table(scores):
     return rows + [[names[k], *(row_of(scores[k][part], f) for part,_ in (SEEN, UNSEEN) for f in ('rank1','mAP'))]
                    for k in names]
 
-# %% ../nbs/07b_quickstart.ipynb #7668a832
+# %% ../nbs/07b_quickstart.ipynb #9c9322bc
 ENROLLED = 'Ada Bruno Chiara'.split()
 QUESTIONS = [('verify', 'Ada', 'ada_c3', 'match'), ('verify', 'Ada', 'dario_c3', 'no match'),
              ('identify', None, 'bruno_c3', 'Bruno'), ('identify', None, 'elena_c3', 'unknown')]
 
-# %% ../nbs/07b_quickstart.ipynb #fd9a8ac5
+# %% ../nbs/07b_quickstart.ipynb #1cff8b5a
 def recognise(steps, checkpoint):
     "Enrol three people and ask four questions; the answers as dicts"
     d = steps.dest
@@ -188,7 +188,7 @@ def recognise(steps, checkpoint):
     return [steps(f'ask_{i}', f'question {i+1}: {q[0]} with {q[2]}', functools.partial(ask, *q))
             for i,q in enumerate(QUESTIONS)]
 
-# %% ../nbs/07b_quickstart.ipynb #eeb29d87
+# %% ../nbs/07b_quickstart.ipynb #ee1c54b1
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 td,th{border-bottom:1px solid #ccc;padding:.3rem .8rem;text-align:left}
@@ -207,7 +207,7 @@ def html_image(data, alt):
         data = png.getvalue()
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
-# %% ../nbs/07b_quickstart.ipynb #066f6f8d
+# %% ../nbs/07b_quickstart.ipynb #b74ebc07
 def crop_sheet(
     store:CropStore, # Where the crops are
     n:int=24, # How many, evenly over the store
@@ -233,7 +233,7 @@ def draw_figures(dest, moco):
     plt.close('all')
     return sorted(f.name for f in out.glob('*.png'))
 
-# %% ../nbs/07b_quickstart.ipynb #f61d49d5
+# %% ../nbs/07b_quickstart.ipynb #29bb0c50
 def write_report(
     steps, # `Steps`, all done
     table:list, # Rows of the closing table
@@ -262,7 +262,7 @@ def write_report(
                 f'<title>reid_nb quickstart</title><style>{STYLE}</style>\n'+'\n'.join(parts))
     return d/'report.html'
 
-# %% ../nbs/07b_quickstart.ipynb #25aac74b
+# %% ../nbs/07b_quickstart.ipynb #fccd71d2
 def claim(dest, settings):
     "Make `dest` the folder of this walk; raises `BadInput` if it is another's"
     note = Path(dest)/'walk.json'
@@ -277,7 +277,7 @@ def show_table(rows):
     widths = [max(len(str(r[i])) for r in rows) for i in range(len(rows[0]))]
     for r in rows: print('  '.join(str(c).ljust(w) for c,w in zip(r, widths)).rstrip())
 
-# %% ../nbs/07b_quickstart.ipynb #d34b0c3a
+# %% ../nbs/07b_quickstart.ipynb #aa1ca3f0
 def quickstart(
     dest:str='quickstart', # Folder for everything; a second walk goes on with what stands there
     seed:int=0, # Of the city, the weights, the batches
@@ -307,5 +307,5 @@ def quickstart(
     print(f'report: {report}\nnext: {next_step}')
     return report
 
-# %% ../nbs/07b_quickstart.ipynb #7cb481b2
-reid_quickstart = command(quickstart, show=lambda report: None)
+# %% ../nbs/07b_quickstart.ipynb #8fdd0872
+reid_quickstart = command(quickstart)

@@ -11,7 +11,7 @@ __all__ = ['CLOTHES', 'SKIN', 'HAIR', 'PATTERNS', 'LOGOS', 'BAGS', 'PORTO', 'NOR
            'sightings', 'split_query', 'write_set', 'market_name', 'cuhk_name', 'write_labelled', 'film_clip', 'jobs',
            'draw_city', 'build_toy']
 
-# %% ../nbs/00_toy_city.ipynb #61064c5d
+# %% ../nbs/00_toy_city.ipynb #03cfa8c8
 import io, json, math, os, pickle, shutil, zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +26,14 @@ import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-# %% ../nbs/00_toy_city.ipynb #1286335e
+# %% ../nbs/00_toy_city.ipynb #b6b03f8a
 def rng_of(
     *key, # Anything with a `str`: what the numbers are for, such as `('person', seed, 7)`
 )->np.random.Generator: # Its numbers depend on `key` alone
     "A random generator made from a name."
     return np.random.default_rng([zlib.crc32(str(k).encode()) for k in key])
 
-# %% ../nbs/00_toy_city.ipynb #fe4b18c6
+# %% ../nbs/00_toy_city.ipynb #9fb6c8fc
 CLOTHES = dict(white=(232,232,228), black=(34,34,38), grey=(128,130,134), navy=(38,52,98),
                blue=(62,112,186), red=(176,46,46), green=(58,118,70), beige=(196,172,134),
                brown=(104,72,52), yellow=(220,184,62), pink=(214,138,156), purple=(104,66,126))
@@ -43,7 +43,7 @@ PATTERNS = 'plain plain stripes bars checks dots halves'.split()
 LOGOS = 'none none disc square triangle cross'.split()
 BAGS = 'none none backpack shoulder handbag'.split()
 
-# %% ../nbs/00_toy_city.ipynb #1ea452fb
+# %% ../nbs/00_toy_city.ipynb #19b74202
 @dataclass(frozen=True)
 class City:
     "A place with its own fashion and its own look."
@@ -63,7 +63,7 @@ NORD = City('borea', 'nord', 'black grey navy navy brown',
             'shirt jacket jacket', 'trousers trousers trousers skirt', 'short long long bun cap cap',
             (112,124,138), (122,126,124))
 
-# %% ../nbs/00_toy_city.ipynb #d73a7cc2
+# %% ../nbs/00_toy_city.ipynb #e6d0a745
 @dataclass(frozen=True)
 class Person:
     "Everything about one person that a camera can see."
@@ -87,7 +87,7 @@ class Person:
     bag_rgb:tuple
     stride:float     # Length of two steps, in body heights
 
-# %% ../nbs/00_toy_city.ipynb #9f1269bd
+# %% ../nbs/00_toy_city.ipynb #970f3387
 def make_person(
     pid:int, # Identity
     city:City=PORTO, # Where they buy their clothes
@@ -104,7 +104,7 @@ def make_person(
                   pick(PATTERNS), cloth(), int(r.integers(8, 17)), pick(LOGOS), cloth(),
                   pick(city.bottoms), cloth(), cloth(), pick(BAGS), cloth(), r.uniform(.62, .85))
 
-# %% ../nbs/00_toy_city.ipynb #2b118850
+# %% ../nbs/00_toy_city.ipynb #6babb9ff
 class Sprite:
     "A canvas in body coordinates: x to the right, y up, feet at (0, 0), one body height = 184 pixels."
     h,w,scale = 216,144,184
@@ -131,7 +131,7 @@ class Sprite:
         self.ellipse(rgb, a, wa, wa)
         self.ellipse(rgb, b, wb, wb)
 
-# %% ../nbs/00_toy_city.ipynb #eac2d31b
+# %% ../nbs/00_toy_city.ipynb #5008e536
 def joint(at, upper, lower, angle, bend):
     "Knee and ankle (or elbow and wrist) of a limb that hangs from `at`; angles in radians from straight down"
     mid = (at[0] + upper*math.sin(angle), at[1] - upper*math.cos(angle))
@@ -153,7 +153,7 @@ def draw_arm(s, p, shoulder, angle, bend, f):
     s.ellipse(dark(p.skin, f), wrist, .024, .024)
     return wrist
 
-# %% ../nbs/00_toy_city.ipynb #0a49a129
+# %% ../nbs/00_toy_city.ipynb #0987dc7b
 def fabric(p):
     "The pattern of a top as an image of the sprite's size"
     y,x = np.mgrid[:Sprite.h, :Sprite.w]
@@ -179,7 +179,7 @@ def draw_logo(s, p, y=.72, r=.045):
         s.box(p.logo_rgb, -r, y-.015, r, y+.015)
         s.box(p.logo_rgb, -.015, y-r, .015, y+r)
 
-# %% ../nbs/00_toy_city.ipynb #6f3cfd70
+# %% ../nbs/00_toy_city.ipynb #bbc0c063
 def draw_head(s, p, view):
     top = p.logo_rgb if p.haircut == 'cap' else p.hair
     s.limb(p.skin, (0,.83), (0,.88), .028, .028)
@@ -195,7 +195,7 @@ def draw_head(s, p, view):
     eyes = {'front': (-.022,.022), 'side': (.045,), 'back': ()}[view]
     for x in eyes: s.ellipse((30,26,24), (x,.915), .008, .008)
 
-# %% ../nbs/00_toy_city.ipynb #9dc1665d
+# %% ../nbs/00_toy_city.ipynb #65eccd28
 def draw_bag(s, p, view, wrist):
     c = p.bag_rgb
     if p.bag == 'backpack' and view == 'front':
@@ -212,7 +212,7 @@ def draw_bag(s, p, view, wrist):
         s.limb(c, wrist, (wrist[0], wrist[1]-.06), .012, .03)
         s.box(c, wrist[0]-.065, wrist[1]-.16, wrist[0]+.065, wrist[1]-.05)
 
-# %% ../nbs/00_toy_city.ipynb #84a92cd1
+# %% ../nbs/00_toy_city.ipynb #587a583c
 PHASES = 6
 
 def draw_side(s, p, swing, lift):
@@ -227,7 +227,7 @@ def draw_side(s, p, swing, lift):
     wrist = draw_arm(s, p, (0,.80), -.45*swing, .35, 1)
     if p.bag != 'backpack': draw_bag(s, p, 'side', wrist)
 
-# %% ../nbs/00_toy_city.ipynb #72bb40fd
+# %% ../nbs/00_toy_city.ipynb #44100293
 def draw_front(s, p, swing, view):
     b = p.build
     if p.haircut == 'long' and view == 'front': s.ellipse(p.hair, (0,.86), .07, .10)
@@ -242,7 +242,7 @@ def draw_front(s, p, swing, view):
     draw_head(s, p, view)
     draw_bag(s, p, view, wrists[1 if view == 'front' else 0])
 
-# %% ../nbs/00_toy_city.ipynb #bcf0fca4
+# %% ../nbs/00_toy_city.ipynb #de6786b2
 @lru_cache(maxsize=4096)
 def draw_person(
     p:Person, # Whom
@@ -260,7 +260,7 @@ def draw_person(
     s.rgba[...,:3] = (s.rgba[...,:3]*light[...,None]).clip(0, 255)
     return s.rgba
 
-# %% ../nbs/00_toy_city.ipynb #efdc4e5d
+# %% ../nbs/00_toy_city.ipynb #f9ec76ff
 WIDTH,HEIGHT,FPS = 640,360,12
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ CAMERAS = [Camera(PORTO, 1, 'front', (1.04,1.00,.95),  .95,  .25, 3, .4, 1.),
            Camera(NORD, 2, 'side',   (.98,.98,1.03),   .98, -.30, 4, .5, .96),
            Camera(NORD, 3, 'back',   (1.00,.94,1.02), 1.25,  .30, 8, .9, .93)]
 
-# %% ../nbs/00_toy_city.ipynb #dcd1775a
+# %% ../nbs/00_toy_city.ipynb #6af89747
 def draw_wall(bg, cam, r, horizon):
     bg[:horizon],bg[horizon:] = cam.city.wall,cam.city.ground
     for x in range(int(r.integers(0, 40)), WIDTH, int(r.integers(70, 110))):
@@ -307,7 +307,7 @@ def draw_item(m, kind, x, y):
     if kind == 'bush':
         for k in range(-2, 3): cv2.circle(m, (x+k*16, y-26+abs(k)*5), 25-abs(k)*3, 1, -1)
 
-# %% ../nbs/00_toy_city.ipynb #67c40c7d
+# %% ../nbs/00_toy_city.ipynb #e7884f16
 @lru_cache
 def scene(
     cam:Camera, # Whose view
@@ -326,7 +326,7 @@ def scene(
         items.append((y, at, m[at] > 0))
     return bg,items
 
-# %% ../nbs/00_toy_city.ipynb #3f958292
+# %% ../nbs/00_toy_city.ipynb #81083c15
 @lru_cache
 def optics(cam):
     "Light map, lookup table and a large field of noise of a camera"
@@ -346,7 +346,7 @@ def expose(
     y,x = r.integers(HEIGHT),r.integers(WIDTH)
     return cv2.add(cv2.GaussianBlur(im, (0,0), cam.blur), noise[y:y+HEIGHT,x:x+WIDTH], dtype=cv2.CV_8U)
 
-# %% ../nbs/00_toy_city.ipynb #0c31be22
+# %% ../nbs/00_toy_city.ipynb #5ed0beca
 @dataclass(frozen=True)
 class Walk:
     "One person crossing the view of one camera."
@@ -367,7 +367,7 @@ class Walk:
         steps = (i-self.start)*.11/self.person.stride*PHASES
         return x,y,tall,int(steps+self.person.pid) % PHASES
 
-# %% ../nbs/00_toy_city.ipynb #589ddc88
+# %% ../nbs/00_toy_city.ipynb #3b877598
 def plan_walk(
     p:Person, # Who
     cam:Camera, # Where
@@ -386,7 +386,7 @@ def plan_walk(
     if cam.view == 'back': tall = tall[::-1]
     return Walk(p, cam, start, int(r.uniform(58, 74)), way, tall, tint)
 
-# %% ../nbs/00_toy_city.ipynb #541ba85c
+# %% ../nbs/00_toy_city.ipynb #eb76d067
 Sighting = namedtuple('Sighting', 'pid box visible')
 Sighting.__doc__ = "A person in a frame: identity, box x1,y1,x2,y2 in pixels (inside the frame), visible share 0..1"
 
@@ -406,7 +406,7 @@ def paste(frame, owner, mark, rgba, tint, x, y, w, h):
     box = xs.start+xx[0], ys.start+yy[0], xs.start+xx[-1]+1, ys.start+yy[-1]+1
     return box,int((small[...,3] > 127).sum())
 
-# %% ../nbs/00_toy_city.ipynb #46217f7c
+# %% ../nbs/00_toy_city.ipynb #30f9ee3d
 def compose(
     cam:Camera, # Whose view
     walks:list, # Every `Walk` of the film
@@ -430,7 +430,7 @@ def compose(
     left = np.bincount(owner.ravel()+1, minlength=len(walks)+1)
     return frame,[Sighting(walks[k].person.pid, box, left[k+1]/n) for k,box,n in seen]
 
-# %% ../nbs/00_toy_city.ipynb #be20a630
+# %% ../nbs/00_toy_city.ipynb #388c43d0
 def film(
     cam:Camera, # The camera
     people:list, # Who walks by, in this order
@@ -445,7 +445,7 @@ def film(
         frame,seen = compose(cam, walks, i)
         yield i,expose(cam, frame, rng_of('noise', seed, cam.stem, i)),seen
 
-# %% ../nbs/00_toy_city.ipynb #737c1ff8
+# %% ../nbs/00_toy_city.ipynb #f62f97ef
 @contextmanager
 def atomic_write(
     path, # File to make
@@ -464,7 +464,7 @@ def atomic_write(
     except OSError as e: raise OSError(e.errno, e.strerror, e.filename or str(path)) from None
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_toy_city.ipynb #aab5b08d
+# %% ../nbs/00_toy_city.ipynb #aef0a937
 def write_video(
     path, # An .mp4 file
     frames, # Iterable of uint8[h,w,3] RGB, even height and width
@@ -483,7 +483,7 @@ def write_video(
     with atomic_write(path, 'wb') as f: f.write(mp4.getbuffer())
     return Path(path)
 
-# %% ../nbs/00_toy_city.ipynb #78d44487
+# %% ../nbs/00_toy_city.ipynb #1e7fb78f
 def detect_boxes(
     seen:list, # Of `Sighting`
     r:np.random.Generator, # For the errors
@@ -501,7 +501,7 @@ def detect_boxes(
         out.append((0, np.array([x, y, x+44, y+118], np.float32), .45))
     return out
 
-# %% ../nbs/00_toy_city.ipynb #5482c842
+# %% ../nbs/00_toy_city.ipynb #a252c8de
 def film_video(
     root, # Folder of the toy city
     cam:Camera, # Which camera
@@ -523,7 +523,7 @@ def film_video(
     for folder,dets in (('dets', nl), ('dets_luperson', lup)):
         with atomic_write(Path(root)/folder/f'{cam.stem}.pkl', 'wb') as f: pickle.dump(dets, f)
 
-# %% ../nbs/00_toy_city.ipynb #108034dc
+# %% ../nbs/00_toy_city.ipynb #87d2762b
 def crop(frame, box, size=None):
     "The part of `frame` in `box`, what sticks out cut off; resized to `size` = (h, w) if given"
     x1,y1,x2,y2 = (int(round(float(v))) for v in box)
@@ -534,7 +534,7 @@ def write_image(path, rgb):
     "JPEG (OpenCV's quality 95) or PNG, by the name's ending"
     Path(path).write_bytes(cv2.imencode(Path(path).suffix, rgb[...,::-1])[1])
 
-# %% ../nbs/00_toy_city.ipynb #2bbd7501
+# %% ../nbs/00_toy_city.ipynb #b86697ac
 def sightings(
     cams:list, # Cameras
     people:list, # Who
@@ -559,7 +559,7 @@ def sightings(
                 out.setdefault((0, cam.n), []).append((i, 99, crop(frame, (x, y, x+60, y+125), (128,64))))
     return out
 
-# %% ../nbs/00_toy_city.ipynb #34675c2d
+# %% ../nbs/00_toy_city.ipynb #dd8480c8
 def split_query(found):
     "{(pid, camera): crops} -> (query, gallery): the middle crop of each is the query, where another camera has one too"
     cams,query,gallery = {},{},{}
@@ -576,7 +576,7 @@ def write_set(root, parts, name):
         for (pid,c),xs in sorted(found.items()):
             for n,(i,k,im) in enumerate(xs): write_image(Path(root)/folder/name(pid, c, i, k, n), im)
 
-# %% ../nbs/00_toy_city.ipynb #fd7e9194
+# %% ../nbs/00_toy_city.ipynb #9a6ae553
 def market_name(pid, c, i, k, n): return f"{'-1' if pid < 0 else f'{pid:04d}'}_c{c}s1_{i:06d}_{k:02d}.jpg"
 def cuhk_name(pid, c, i, k, n): return f'{pid:04d}_c{c}_{n+1}.png'
 
@@ -596,7 +596,7 @@ def write_labelled(
     query,gallery = split_query(found)
     write_set(root, {'bounding_box_train': known, 'query': query, 'bounding_box_test': gallery}, name)
 
-# %% ../nbs/00_toy_city.ipynb #52f06afc
+# %% ../nbs/00_toy_city.ipynb #3fb3c5fa
 NAMES = 'Ada Bruno Chiara Dario Elena Fabio'.split()
 
 def film_clip(root, cam, people, names, seed=0):
@@ -611,7 +611,7 @@ def film_clip(root, cam, people, names, seed=0):
     write_video(Path(root)/'clips'/f'{stem}.mp4', frames())
     return f'{stem}.mp4',boxes
 
-# %% ../nbs/00_toy_city.ipynb #4b7c7709
+# %% ../nbs/00_toy_city.ipynb #37733386
 def jobs(root, seed, n_street, n_train, n_test):
     "Every independent piece of work as (label, function)"
     who = {c: [make_person(i, c, seed) for i in range(1, n_street+n_train+n_test+1)] for c in (PORTO, NORD)}
@@ -632,7 +632,7 @@ def jobs(root, seed, n_street, n_train, n_test):
         for c in cams: yield 'clip',lambda w=who_,c=c: film_clip(
             root, porto[c], [stars[k] for k in w], [NAMES[k] for k in w], seed)
 
-# %% ../nbs/00_toy_city.ipynb #0bb10fd7
+# %% ../nbs/00_toy_city.ipynb #0b0271ab
 def draw_city(root, work, progress):
     "Do all `work`, several pieces at a time, and write the lists of clips and videos"
     clips = {}
@@ -648,7 +648,7 @@ def draw_city(root, work, progress):
     with atomic_write(root/'clips'/'clips.json') as f: json.dump(clips, f)
     with atomic_write(root/'vnames.txt') as f: f.writelines(f'{c.stem}\n' for c in CAMERAS)
 
-# %% ../nbs/00_toy_city.ipynb #deb38906
+# %% ../nbs/00_toy_city.ipynb #37e618b0
 def build_toy(
     dest='toy', # Folder to make
     seed:int=0, # Same seed, same pixels

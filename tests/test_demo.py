@@ -1,0 +1,200 @@
+"The demo's answers, without a browser and through a running app: known faults, paths, old results."
+# ruff: noqa: F401, F811
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from gradio_client import Client, handle_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_biometrics import BLUE, MATCHER, POINTS, RED, ckpt, colours, crops, files, film, films
+
+from reid_nb import biometrics as bio
+from reid_nb import demo
+from reid_nb.dataset import BadInput
+
+def kind(answer): return re.search(r'class="answer (\w+)"', answer)[1]
+def images(answer): return answer.count('<img')
+
+@pytest.fixture
+def desk(tmp_path):
+    return demo.Desk(tmp_path/'root'/'gallery', MATCHER)
+
+@pytest.fixture
+def known(desk, films):
+    "Red and Blue are enrolled."
+    for name in ('Red', 'Blue'): assert kind(desk.enroll(films[name.lower()], 0, 59, name, True)) == 'good'
+    return desk
+
+# --- the faults of the demo that the course is based on
+
+def test_hits_are_counted_for_each_person(known, films):
+    got = known.identify(films['green'], 0, 59, 'gallery', 'query', '0.01')
+    assert kind(got) == 'bad' and 'unknown' in got
+    known.erase('Blue', True)
+    got = known.identify(films['both'], 0, 59, 'gallery', 'query', '0.01')
+    assert '1 of 2 people identified: Red' in got and 'unknown' in got and images(got) == 2
+
+def test_verification_compares_with_the_claimed_identity(known, films):
+    assert kind(known.verify(films['again'], 0, 59, 'Red', '0.01')) == 'good'
+    got = known.verify(films['again'], 0, 59, 'Blue', '0.01')
+    assert kind(got) == 'bad' and 'Red' not in got
+
+def test_a_failed_run_shows_nothing_old(known, films, tmp_path):
+    (tmp_path/'root'/'notes.mp4').write_text('not a video')
+    wrong = [(None, 0, 59, 'Red'), (films['red'], 50, 10, 'Red'), (tmp_path/'root'/'notes.mp4', 0, 59, 'Red'),
+             (films['red'], 0, 59, None), (films['nobody'], 0, 59, 'Red'), (films['red'], 0, 9_999, 'Red')]
+    got = [known.verify(*args, '0.01') for args in wrong] + [known.enroll(*args, True) for args in wrong]
+    for got in *got, known.identify(films['red'], 0, 59, '', 'query', '0.01'), known.erase('Red', False):
+        assert kind(got) == 'error' and images(got) == 0 and str(tmp_path) not in got, got
+
+def test_a_person_among_several_is_asked_for(desk, films):
+    got = desk.enroll(films['both'], 0, 59, 'Red', True)
+    assert kind(got) == 'ask' and images(got) == 2 and desk.names() == []
+    tracks = bio.find_tracks(films['both'])
+    number = next(t.number for t in tracks if colours([s.crop for s in t.shots]).mean(0).argmax() == 0)
+    assert kind(desk.enroll(films['both'], 0, 59, 'Red', True, f' {number} ')) == 'good'
+    assert (bio.Gallery(desk.gallery).samples('Red')[1].argmax(1) == 0).all()
+    for bad in ('7', 'two', '-1', '²'): assert kind(desk.enroll(films['both'], 0, 59, 'Red', True, bad)) == 'error'
+
+def test_enrolling_again_adds(known, films):
+    before = crops(known.gallery)
+    assert 'templates in all: 2' in known.enroll(films['again'], 0, 59, 'Red', True)
+    assert set(before) < set(crops(known.gallery))
+
+def test_the_list_is_read_afresh(known, films):
+    bio.enroll('Late', films['green'], known.gallery, MATCHER)
+    assert known.names() == ['Blue', 'Late', 'Red'] and images(known.samples('Late')) > 0
+    bio.Gallery(known.gallery).erase('Late')
+    assert known.names() == ['Blue', 'Red'] and known.samples('Late') == ''
+
+def test_few_crops_are_shown(desk, films):
+    got = desk.enroll(films['red'], 10, 16, 'Red', True)
+    assert kind(got) == 'good' and 5 <= images(got) < 9
+    assert images(desk.samples('Red')) == images(got)
+    desk.enroll(films['again'], 0, 59, 'Red', True)
+    assert images(desk.samples('Red')) <= 9
+
+def test_the_network_is_loaded_once(ckpt, films, tmp_path, monkeypatch):
+    from reid_nb import finetune
+    loads, load = [], finetune.load_model
+    monkeypatch.setattr(finetune, 'load_model', lambda path: loads.append(path) or load(path))
+    desk = demo.Desk(tmp_path/'gallery', ckpt)
+    for _ in range(2): desk.enroll(films['red'], 0, 59, 'Red', True)
+    desk.verify(films['red'], 0, 59, 'Red', '0.01')
+    assert len(loads) == 1
+
+# --- consent, erasing, paths
+
+def test_nobody_is_enrolled_without_consent(desk, films):
+    assert 'consent' in desk.enroll(films['red'], 0, 59, 'Red', False) and desk.names() == []
+    desk.enroll(films['red'], 0, 59, 'Red', True)
+    assert bio.Gallery(desk.gallery).read('SELECT consent FROM templates') == [(demo.CONSENT,)]
+
+def test_deleting_gives_a_receipt_and_takes_the_query_too(known, films, tmp_path):
+    known.identify(films['red'], 0, 59, 'gallery', 'query', '0.01')
+    assert crops(tmp_path/'root'/'query')
+    got = known.erase('Red', True)
+    assert 'Receipt: Red is forgotten' in got and known.names() == ['Blue'] and not crops(tmp_path/'root'/'query')
+    assert not any('Red' in f for f in files(tmp_path/'root')) and all('Red' not in str(row) for row in known.history())
+
+def test_query_crops_are_those_of_the_last_query_only(known, films, tmp_path):
+    query = tmp_path/'root'/'query'
+    known.identify(films['both'], 0, 59, 'gallery', 'query', '0.01')
+    assert {Path(f).parent.name for f in crops(query)} == {'person_1', 'person_2'}
+    known.identify(films['red'], 0, 59, 'gallery', 'query', '0.01')
+    assert {Path(f).parent.name for f in crops(query)} == {'person_1'}
+    (query/'thesis.txt').write_text('mine')
+    before = files(query)
+    assert kind(known.identify(films['red'], 0, 59, 'gallery', 'query', '0.01')) == 'error' and files(query) == before
+
+OUTSIDE = ['', '.', '..', '/etc', '/', '../other', 'a/../..', 'gallery', 'gallery/Red', 'a\0b', '~'*300, 'link/x']
+
+@pytest.mark.parametrize('path', OUTSIDE, ids=lambda p: ascii(p)[:20])
+def test_paths_stay_below_the_root(known, films, tmp_path, path):
+    (tmp_path/'other').mkdir()
+    (tmp_path/'root'/'link').symlink_to(tmp_path/'other')
+    before = files(tmp_path)
+    assert kind(known.identify(films['red'], 0, 59, 'gallery', path, '0.01')) == 'error'
+    if path != 'gallery': assert kind(known.identify(films['red'], 0, 59, path, 'query', '0.01')) == 'error'
+    assert files(tmp_path) == before
+
+@given(st.text())
+@settings(max_examples=300, deadline=None)
+def test_no_text_leads_out_of_the_root(path):
+    root = Path('/tmp').resolve()/'root'
+    try: full = demo.confine(root, path)
+    except BadInput: return
+    assert root in full.parents
+
+@given(st.text())
+@settings(max_examples=200, deadline=None)
+def test_nothing_gets_into_the_page_unescaped(text):
+    plain = demo.answer('bad', 'x', ['x'])
+    assert re.findall('<[^>]*', demo.answer('bad', text, [text])) == re.findall('<[^>]*', plain)
+
+def test_another_models_gallery_is_refused(known, tmp_path):
+    with pytest.raises(BadInput, match='another model'): demo.Desk(known.gallery, bio.Matcher(colours, 'b'*64, POINTS))
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'thesis.txt').write_text('mine')
+    with pytest.raises(BadInput, match='no gallery'): demo.Desk(tmp_path/'mine', MATCHER)
+
+# --- the running app
+
+@pytest.fixture
+def client(tmp_path):
+    app = demo.build_demo(tmp_path/'root'/'gallery', MATCHER)
+    _, url, public = demo.serve(app, prevent_thread_lock=True, quiet=True, inline=False)
+    assert url.startswith('http://127.0.0.1:') and not public
+    yield Client(url, verbose=False)
+    app.close()
+
+def test_the_app_from_the_outside(client, films):
+    clip = {name: handle_file(str(path)) for name, path in films.items()}
+    first, last, answer = client.predict(clip['red'], api_name='/frames')
+    assert (first['maximum'], last['maximum'], last['value'], answer) == (59, 59, 59, '')     # frames, not seconds
+    assert kind(client.predict(clip['red'], 0, 59, 'Ada & Söhne', True, '', api_name='/enroll')) == 'good'
+    assert client.predict(api_name='/people')[0]['choices'] == [['Ada & Söhne']*2]
+    assert kind(client.predict(clip['again'], 0, 59, 'Ada & Söhne', '0.001', api_name='/verify')) in ('good', 'ask')
+    assert kind(client.predict(clip['blue'], 0, 59, 'Ada & Söhne', '0.01', api_name='/verify')) == 'bad'
+    assert kind(client.predict(clip['both'], 0, 59, 'gallery', 'query', '0.01', api_name='/identify')) == 'good'
+    assert 'Ada &amp; Söhne is forgotten' in client.predict('Ada & Söhne', True, api_name='/erase')
+    assert client.predict(api_name='/people')[0]['choices'] == []
+
+def test_the_page_says_what_looks(client):
+    config = json.dumps(json.load(urlopen(f'{client.src}config')))
+    assert 'Detector: **motion' in config
+    labels = ['Enrollment', 'Verification', 'Identification', 'Gallery', 'Video', 'From Frame', 'To Frame', 'Name Surname']
+    for label in [*labels, 'Gallery Path', 'Query Path', 'Claimed identity']: assert f'"{label}"' in config, label
+
+@pytest.mark.long
+def test_the_command(run, ckpt, tmp_path):
+    done = run('reid_demo', '--gallery', tmp_path/'g')
+    assert done.returncode == 2 and done.stderr.startswith('reid_demo: ') and len(done.stderr.splitlines()) == 1
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    exe = Path(sys.executable).parent/'reid_demo'
+    args = [exe, '--port', port, '--gallery', tmp_path/'g', '--checkpoint', ckpt]
+    server = subprocess.Popen(list(map(str, args)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for _ in range(200):
+            time.sleep(.3)
+            with socket.socket() as s:
+                if s.connect_ex(('127.0.0.1', port)) == 0: break
+        assert 'reid_nb' in urlopen(f'http://127.0.0.1:{port}/').read().decode()
+        if shutil.which('ss'):
+            listening = subprocess.run(['ss', '-ltnH', f'sport = :{port}'], capture_output=True, text=True).stdout
+            assert '127.0.0.1' in listening and '0.0.0.0' not in listening.split()[3]
+        busy = run('reid_demo', '--port', port, '--gallery', tmp_path/'g', '--checkpoint', ckpt)
+        assert busy.returncode == 2 and len(busy.stderr.strip().splitlines()) == 1, busy
+    finally:
+        server.terminate()
+        server.wait(30)
