@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'MAX_FRAMES', 'CONSENT', 'PRIVATE', 'contact_sheet', 'answer
            'enrollment_tab', 'answer_column', 'rate_input', 'verification_tab', 'identification_tab', 'gallery_tab',
            'build_demo', 'serve', 'reid_demo']
 
-# %% ../nbs/08_demo.ipynb #938290dd
+# %% ../nbs/08_demo.ipynb #9829f595
 import base64, html, os, re, sqlite3
 from functools import wraps
 from pathlib import Path
@@ -23,10 +23,7 @@ from reid_nb.biometrics import (
     verify)
 from .dataset import BadInput, command, video_facts, write_jpeg
 
-# %% ../nbs/08_demo.ipynb #cf4bbd78
-KINDS = dict(good=('✔', 'Good news', '#e3f4e6', '#0b4a1b'), bad=('✖', 'Bad news', '#fde8e7', '#7a110c'),
-             ask=('?', 'Your turn', '#fff4d6', '#5c4300'), error=('!', 'That did not work', '#ececf1', '#222233'))
-
+# %% ../nbs/08_demo.ipynb #c25b22cf
 def contact_sheet(
     pictures:list, # Of (uint8[h,w,3] RGB, caption)
     height:int=220, # Of each picture on the page, in pixels
@@ -40,6 +37,12 @@ def contact_sheet(
                    f'style="height:{height}px" src="data:image/jpeg;base64,{data}">'
                    f'<figcaption>{text}</figcaption></figure>')
     return f'<div style="display:flex;flex-wrap:wrap;margin-top:.8em">{"".join(out)}</div>'
+
+# %% ../nbs/08_demo.ipynb #5fe7ef44
+KINDS = dict(good=('✔', 'Good news', '#e3f4e6', '#0b4a1b'),   # sign, word, ground and ink
+             bad=('✖', 'Bad news', '#fde8e7', '#7a110c'),
+             ask=('?', 'Your turn', '#fff4d6', '#5c4300'),
+             error=('!', 'That did not work', '#ececf1', '#222233'))
 
 def answer(
     kind:str, # A key of `KINDS`
@@ -57,7 +60,7 @@ def answer(
             f'<ul style="margin:.4em 0 0 1.2em;list-style:disc;color:{ink}">{rows}</ul></div>'
             + contact_sheet(pictures))
 
-# %% ../nbs/08_demo.ipynb #1466fe58
+# %% ../nbs/08_demo.ipynb #19683ede
 def confine(
     root, # Folder that must not be left
     path:str, # As typed, relative to the root or absolute
@@ -70,7 +73,7 @@ def confine(
         raise BadInput(f'{ascii(str(path))[1:41]}: choose a folder below {root.name}/')
     return full
 
-# %% ../nbs/08_demo.ipynb #ed906268
+# %% ../nbs/08_demo.ipynb #4dcda5ab
 def query_crops(folder):
     "The crops in a query folder; raises `BadInput` where it holds anything else"
     found = [p for p in Path(folder).rglob('*') if not p.is_dir()]
@@ -96,9 +99,9 @@ def write_query(
         there.mkdir(parents=True)
         for s in d.probe.shots: write_jpeg(there/f'{s.frame:08d}_{d.track:02d}.jpg', s.crop)
 
-# %% ../nbs/08_demo.ipynb #25916308
+# %% ../nbs/08_demo.ipynb #636a4498
 MAX_FRAMES = 5000
-CONSENT = 'This person has agreed to be enrolled, and knows that the entry can be deleted at any time.'
+CONSENT = 'This person has agreed to be enrolled, and knows that it can be undone at any time.'
 
 def complain(f):
     "Turn bad input into an answer that replaces the old one"
@@ -111,6 +114,7 @@ def complain(f):
         return answer('error', text)
     return _f
 
+# %% ../nbs/08_demo.ipynb #158d0d98
 class Desk:
     "What the app does, without a page."
     def __init__(self,
@@ -147,7 +151,7 @@ def crops_of(gallery, files):
     "Crops with their frames as captions"
     return [(read_rgb(Path(gallery)/f), f'frame {int(Path(f).stem[:8])}') for f in files]
 
-# %% ../nbs/08_demo.ipynb #e831da3c
+# %% ../nbs/08_demo.ipynb #0e91e10f
 def part_of(video, first, last):
     "Video, start and stop, checked"
     if not video: raise BadInput('no video yet: upload a clip first')
@@ -168,7 +172,7 @@ def enroll(self:Desk,
     person:str='', # Number in the clip, where there are several
 )->str: # HTML
     "Enrollment."
-    if not consent: raise BadInput('nobody is enrolled without consent: tick the box if it was given')
+    if not consent: raise BadInput('nobody is enrolled without consent: tick the box if given')
     video, start, stop = part_of(video, first, last)
     person = str(person or '').strip()
     if not re.fullmatch('[0-9]{0,4}', person): raise BadInput('Person: give a number, such as 2')
@@ -184,7 +188,7 @@ def enroll(self:Desk,
                   [f'{len(done["crops"])} crops added', f'templates in all: {done["templates"]}'],
                   crops_of(self.gallery, done['crops']))
 
-# %% ../nbs/08_demo.ipynb #e6b90bd6
+# %% ../nbs/08_demo.ipynb #52955ab6
 def decided(outcome, gallery):
     "The answer for an outcome, with the evidence of each decision"
     head, *lines = explain(outcome)
@@ -229,7 +233,7 @@ def identify(self:Desk,
     write_query(query, got.decisions)
     return decided(got, there)
 
-# %% ../nbs/08_demo.ipynb #0ef650e1
+# %% ../nbs/08_demo.ipynb #dd1fb5aa
 @patch
 @complain
 def erase(self:Desk,
@@ -247,7 +251,7 @@ def erase(self:Desk,
     if r['left']: lines.append(f'not ours, so left in the folder: {", ".join(r["left"])}')
     return answer('good', f'Receipt: {r["name"]} is forgotten.', lines)
 
-# %% ../nbs/08_demo.ipynb #f2d5e461
+# %% ../nbs/08_demo.ipynb #b868a0dc
 def clip_inputs(gr):
     "Video, From Frame and To Frame"
     video = gr.Video(label='Video', sources=['upload'], include_audio=True, height=240)
@@ -261,7 +265,8 @@ def frame_range(video):
     import gradio as gr
     n, text = MAX_FRAMES, ''
     try: n = video_facts(video)['frames'] if video else n
-    except BadInput as e: text = answer('error', str(e).replace(f'{Path(video).parent}{os.sep}', ''))
+    except BadInput as e:
+        text = answer('error', str(e).replace(f'{Path(video).parent}{os.sep}', ''))
     last = max(1, n - 1)
     return gr.Slider(maximum=last, value=0), gr.Slider(maximum=last, value=last), text
 
@@ -273,7 +278,7 @@ def tie(button, f, inputs, output, api_name):
 
 PRIVATE = dict(api_visibility='private')   # events of the page that are no service to programs
 
-# %% ../nbs/08_demo.ipynb #b8227cb3
+# %% ../nbs/08_demo.ipynb #46f14938
 def enrollment_tab(gr, desk):
     with gr.Tab('Enrollment'), gr.Row():
         with gr.Column(min_width=300):
@@ -294,7 +299,7 @@ def rate_input(gr, desk):
     rates = [(f'1 in {round(1/float(k)):,}', k) for k in desk.matcher.thresholds]
     return gr.Radio(rates, value=rates[0][1], label='False matches allowed, for each comparison')
 
-# %% ../nbs/08_demo.ipynb #31929877
+# %% ../nbs/08_demo.ipynb #f6e8b218
 def verification_tab(gr, desk):
     with gr.Tab('Verification') as tab, gr.Row():
         with gr.Column(min_width=300):
@@ -319,7 +324,7 @@ def identification_tab(gr, desk):
     clip[0].change(frame_range, clip[0], [*clip[1:], out], **PRIVATE)
     tie(submit, desk.identify, [*clip, there, query, fmr], out, 'identify')
 
-# %% ../nbs/08_demo.ipynb #a0dcaf2c
+# %% ../nbs/08_demo.ipynb #babd426c
 def gallery_tab(gr, desk, people):
     with gr.Tab('Gallery') as tab, gr.Row():
         with gr.Column(min_width=300):
@@ -337,7 +342,7 @@ def gallery_tab(gr, desk, people):
         refresh, None, [chosen, log, sure], **PRIVATE)
     return chosen
 
-# %% ../nbs/08_demo.ipynb #16ce3c9e
+# %% ../nbs/08_demo.ipynb #9cb7fd25
 def build_demo(
     gallery='gallery', # Folder of the gallery; made with the first enrolment
     checkpoint=None, # With thresholds beside it, or a `Matcher`
@@ -358,7 +363,7 @@ def build_demo(
         tab.select(lambda: (people(), people()), None, [claimed, chosen], api_name='people')
     return app.queue(max_size=20)
 
-# %% ../nbs/08_demo.ipynb #db16331e
+# %% ../nbs/08_demo.ipynb #2a2886f4
 def serve(
     app, # From `build_demo`
     port:int=None, # Of the page; None: the first free one from 7860
@@ -368,9 +373,10 @@ def serve(
     import gradio as gr
     fonts = dict(font=['system-ui', 'sans-serif'], font_mono=['monospace'])   # none from outside
     return app.launch(server_name='127.0.0.1', server_port=port, share=False, footer_links=[],
-                      max_file_size='200mb', theme=gr.themes.Default(primary_hue='blue', **fonts), **kw)
+                      max_file_size='200mb',
+                      theme=gr.themes.Default(primary_hue='blue', **fonts), **kw)
 
-# %% ../nbs/08_demo.ipynb #b1a9318f
+# %% ../nbs/08_demo.ipynb #0a3c1477
 @command
 def reid_demo(
     port:int=7860, # Of the page, on 127.0.0.1
