@@ -10,7 +10,7 @@ __all__ = ['one_at_a_time', 'DEVICES', 'SCHEMA', 'BY_NAME', 'ORDER', 'Gate', 'sh
            'identify', 'side_by_side', 'evidence', 'as_json', 'reid_enroll', 'reid_verify', 'reid_identify',
            'reid_erase']
 
-# %% ../nbs/07_biometrics.ipynb #172e0c86
+# %% ../nbs/07_biometrics.ipynb #2983640e
 import json, sqlite3, threading, unicodedata
 from collections import Counter
 from contextlib import closing, contextmanager
@@ -27,7 +27,7 @@ from .dataset import (
     BadInput, command, detect_people, fit_boxes, sha256, video_facts, write_jpeg)
 from .toy_city import atomic_write
 
-# %% ../nbs/07_biometrics.ipynb #c7c40ce5
+# %% ../nbs/07_biometrics.ipynb #695d3043
 @dataclass(frozen=True)
 class Gate:
     "What a picture of a person must be to count."
@@ -38,7 +38,7 @@ class Gate:
     sharpness:float=10. # Least variance of the Laplacian, at 128x64 pixels
     pictures:int=5      # Pictures that a track must have after all this
 
-# %% ../nbs/07_biometrics.ipynb #68b784ed
+# %% ../nbs/07_biometrics.ipynb #87e63333
 def sharpness(
     crop:np.ndarray, # uint8[h,w,3]
 )->float: # Variance of the Laplacian of grey levels at 128x64 pixels
@@ -46,7 +46,7 @@ def sharpness(
     grey = cv2.cvtColor(cv2.resize(crop, (64, 128)), cv2.COLOR_RGB2GRAY)
     return float(cv2.Laplacian(grey, cv2.CV_64F).var())
 
-# %% ../nbs/07_biometrics.ipynb #6b31018a
+# %% ../nbs/07_biometrics.ipynb #83276d28
 @dataclass
 class Shot:
     "One person in one frame."
@@ -62,7 +62,7 @@ def covered(k, boxes):
     wh = np.minimum(box[2:], others[:,2:]) - np.maximum(box[:2], others[:,:2])
     return (wh.clip(0).prod(1)/max(1, np.prod(box[2:] - box[:2]))).max(initial=0)
 
-# %% ../nbs/07_biometrics.ipynb #67c9fa0a
+# %% ../nbs/07_biometrics.ipynb #c6c045ec
 def judge_one(frame, rgb, k, boxes, why, conf, gate):
     "The `Shot` of person `k`"
     (x1, y1, x2, y2), (H, W) = boxes[k].tolist(), rgb.shape[:2]
@@ -90,7 +90,7 @@ def judge(
     boxes, why = fit_boxes(given, *rgb.shape[:2])
     return [judge_one(frame, rgb, k, boxes, why[k], p.conf, gate) for k, p in enumerate(people)]
 
-# %% ../nbs/07_biometrics.ipynb #387448c6
+# %% ../nbs/07_biometrics.ipynb #c686131a
 @dataclass
 class Track:
     "One person through a clip."
@@ -116,7 +116,7 @@ class Track:
     @property
     def shots(self): return list(self.best.values())
 
-# %% ../nbs/07_biometrics.ipynb #89c427a1
+# %% ../nbs/07_biometrics.ipynb #6e64950b
 one_at_a_time = threading.Lock()  # the tracker counts its tracks in one place for all threads
 
 def find_tracks(
@@ -136,7 +136,7 @@ def find_tracks(
                 tracks.setdefault(person.track, Track(len(tracks) + 1)).add(shot)
     return list(tracks.values())
 
-# %% ../nbs/07_biometrics.ipynb #5586cd5e
+# %% ../nbs/07_biometrics.ipynb #bf7403b4
 def usable(
     tracks:list, # From `find_tracks`
     gate:Gate=Gate(), # What counts
@@ -150,7 +150,7 @@ def usable(
                 f' ({reasons})' if reasons else '')
     return [t for t in tracks if t.number not in why], why
 
-# %% ../nbs/07_biometrics.ipynb #82d0c831
+# %% ../nbs/07_biometrics.ipynb #70d11abe
 @dataclass(frozen=True)
 class Matcher:
     "All that makes scores: the network, and what its scores mean."
@@ -173,7 +173,7 @@ def load_matcher(
         raise BadInput(f'{path}: no thresholds for {ckpt} in it: reid_evaluate makes them')
     return Matcher(lambda crops: embed(model, meta, crops), digest, known['thresholds'])
 
-# %% ../nbs/07_biometrics.ipynb #d3c2e5aa
+# %% ../nbs/07_biometrics.ipynb #3f8270bc
 @dataclass
 class Template:
     "One track as a vector, with the pictures behind it."
@@ -192,7 +192,7 @@ def make_template(
     "Embed the best pictures of a track."
     return Template(track.shots, matcher.embed([s.crop for s in track.shots]))
 
-# %% ../nbs/07_biometrics.ipynb #87ba4172
+# %% ../nbs/07_biometrics.ipynb #5c19ac4f
 DEVICES = {'con', 'prn', 'aux', 'nul', *(f'{d}{i}' for d in ('com', 'lpt') for i in range(10))}
 
 def fold(name): return unicodedata.normalize('NFC', name.casefold())
@@ -215,7 +215,7 @@ def clean_name(
         if holds: raise BadInput(f'{ascii(text[:40])} cannot be a name: {reason}')
     return text
 
-# %% ../nbs/07_biometrics.ipynb #afd63062
+# %% ../nbs/07_biometrics.ipynb #9927cca8
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS about(key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS identities(id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -235,7 +235,7 @@ CREATE TRIGGER IF NOT EXISTS log_stays BEFORE UPDATE ON log
 
 def now(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
-# %% ../nbs/07_biometrics.ipynb #0f1897a9
+# %% ../nbs/07_biometrics.ipynb #7952f779
 class Gallery:
     "Enrolled people: crops in folders, all else in `gallery.sqlite`."
     def __init__(self,
@@ -265,7 +265,7 @@ class Gallery:
             for row in ('model', matcher.digest), ('thresholds', json.dumps(matcher.thresholds)):
                 db.execute('INSERT OR IGNORE INTO about VALUES (?,?)', row)
 
-# %% ../nbs/07_biometrics.ipynb #2c3104a5
+# %% ../nbs/07_biometrics.ipynb #b61c4e70
 @patch
 def connect(self:Gallery):
     db = sqlite3.connect(self.file, timeout=60, isolation_level=None)
@@ -288,7 +288,7 @@ def writing(self:Gallery):
         finally:
             if db.in_transaction: db.execute('ROLLBACK')
 
-# %% ../nbs/07_biometrics.ipynb #f9309e5a
+# %% ../nbs/07_biometrics.ipynb #af3194d7
 @patch
 def sweep(self:Gallery, db):
     "Remove the crops of `pending.json` that the database does not know."
@@ -318,7 +318,7 @@ def change(self:Gallery):
             yield db, note
     finally: self.settle()
 
-# %% ../nbs/07_biometrics.ipynb #0b4a4c62
+# %% ../nbs/07_biometrics.ipynb #34421fd6
 BY_NAME = 'SELECT id, name FROM identities WHERE folded = ?'
 
 @patch
@@ -341,7 +341,7 @@ def log(db, event, identity=None, **detail):
     db.execute('INSERT INTO log(time, event, identity, detail) VALUES (?,?,?,?)',
                [now(), event, identity, json.dumps(detail)])
 
-# %% ../nbs/07_biometrics.ipynb #d5887eeb
+# %% ../nbs/07_biometrics.ipynb #313a1e66
 @patch
 def add(self:Gallery,
     name:str, # Of the person
@@ -367,7 +367,7 @@ def add(self:Gallery,
         log(db, 'enrolled', who, crops=len(files))
     return dict(name=folder.name, crops=files, templates=len(self.templates(folder.name)[0]))
 
-# %% ../nbs/07_biometrics.ipynb #aea8969a
+# %% ../nbs/07_biometrics.ipynb #3a77603d
 @patch
 def find(self:Gallery,
     name:str, # As typed
@@ -393,7 +393,7 @@ def samples(self:Gallery,
     return stack(self.read("""SELECT file, s.feature FROM samples s JOIN templates t
         ON t.id = template WHERE identity = ? ORDER BY file""", self.find(name)[0]))
 
-# %% ../nbs/07_biometrics.ipynb #bb6c55fb
+# %% ../nbs/07_biometrics.ipynb #0edd30a8
 @patch
 def templates(self:Gallery,
     name:str=None, # Only this person's; None: everybody's
@@ -410,7 +410,7 @@ def history(self:Gallery)->list: # Of (time, event, number of the person or None
     "The log."
     return self.read('SELECT time, event, identity, detail FROM log ORDER BY id')
 
-# %% ../nbs/07_biometrics.ipynb #69e786d1
+# %% ../nbs/07_biometrics.ipynb #9ab9b99c
 @patch
 def erase(self:Gallery,
     name:str, # Of an enrolled person
@@ -425,7 +425,7 @@ def erase(self:Gallery,
     left = sorted(p.name for p in (self.root/name).glob('*'))
     return dict(name=name, number=who, crops=len(files), templates=n, left=left, time=now())
 
-# %% ../nbs/07_biometrics.ipynb #a0ab0880
+# %% ../nbs/07_biometrics.ipynb #7162fbf7
 class SeveralPeople(BadInput):
     "Who is meant? `tracks` has them all."
     def __init__(self, message, tracks):
@@ -454,6 +454,7 @@ def describe(
     a, b = track.seen[0][0], track.seen[-1][0]
     return f'person {track.number}, frames {a} to {b} ({a/fps:.1f} to {b/fps:.1f} s)'
 
+# %% ../nbs/07_biometrics.ipynb #9b2ebd5c
 def enroll(
     name:str, # Of the person
     video, # Path of a clip
@@ -478,7 +479,7 @@ def enroll(
     template = make_template(chosen[0], matcher)
     return Gallery(gallery, matcher, create=True).add(name, template, consent)
 
-# %% ../nbs/07_biometrics.ipynb #168254a9
+# %% ../nbs/07_biometrics.ipynb #deb58d22
 def zone_of(
     thresholds:dict, # See `Matcher`
     fmr:float=.01, # False match rate, for each comparison with one template
@@ -493,7 +494,7 @@ def answer_to(score, zone):
     if score >= zone[1]: return 'match'
     return 'no match' if score < zone[0] else 'look yourself'
 
-# %% ../nbs/07_biometrics.ipynb #3386893e
+# %% ../nbs/07_biometrics.ipynb #80f74a98
 @dataclass
 class Decision:
     "What is decided about one person of a clip, and why."
@@ -510,7 +511,7 @@ class Decision:
     shot:Shot=field(repr=False)      # The probe's half of the pair
     probe:Template=field(repr=False) # All its pictures
 
-# %% ../nbs/07_biometrics.ipynb #da5d8f3d
+# %% ../nbs/07_biometrics.ipynb #072b0571
 def decide(
     track:Track, # Of the clip
     probe:Template, # Of the track
@@ -535,7 +536,7 @@ def decide(
     return Decision(track.number, answer, name, score, *zone, frames,
                     tuple(round(f/fps, 2) for f in frames), ranking, pair, shot, probe)
 
-# %% ../nbs/07_biometrics.ipynb #0ecf6d93
+# %% ../nbs/07_biometrics.ipynb #ba8abd2e
 ORDER = 'match', 'look yourself', 'no match'
 
 @dataclass
@@ -560,7 +561,7 @@ class Outcome:
 
     def __str__(self): return '\n'.join(explain(self))
 
-# %% ../nbs/07_biometrics.ipynb #9baa0851
+# %% ../nbs/07_biometrics.ipynb #fbfaf1a5
 def explain(
     outcome:Outcome, # Of `verify` or `identify`
 )->list: # Of str: the answer, then a line for each person
@@ -583,7 +584,7 @@ def explain(
                   'look yourself': f'look yourself: somebody in the clip may be {who}'}[outcome.answer]
     return [head, *lines]
 
-# %% ../nbs/07_biometrics.ipynb #fe4e55aa
+# %% ../nbs/07_biometrics.ipynb #1d9e766b
 def ask(name, video, gallery, checkpoint, start, stop, weights, fmr):
     "Decide about everybody in a clip"
     matcher = load_matcher(checkpoint)
@@ -598,7 +599,7 @@ def ask(name, video, gallery, checkpoint, start, stop, weights, fmr):
     with here.writing() as db: log(db, event, who, answer=outcome.answer, people=len(decisions))
     return outcome
 
-# %% ../nbs/07_biometrics.ipynb #84335cf6
+# %% ../nbs/07_biometrics.ipynb #f7250dfd
 def verify(
     name:str, # The claimed identity
     video, # Path of a clip
@@ -624,7 +625,7 @@ def identify(
     "Who is in the clip?"
     return ask(None, video, gallery, checkpoint, start, stop, weights, fmr)
 
-# %% ../nbs/07_biometrics.ipynb #b05f6c7a
+# %% ../nbs/07_biometrics.ipynb #67d0dc5c
 def side_by_side(
     left:np.ndarray, # uint8[h,w,3], RGB
     right:np.ndarray, # uint8[h,w,3], RGB
@@ -641,7 +642,7 @@ def evidence(
     "The most similar pair of a decision."
     return side_by_side(decision.shot.crop, read_rgb(Path(gallery)/decision.pair['crop']))
 
-# %% ../nbs/07_biometrics.ipynb #c8be78c8
+# %% ../nbs/07_biometrics.ipynb #28d6937d
 def as_json(answer): return json.dumps(answer, ensure_ascii=False, indent=1)
 
 @command
@@ -663,7 +664,7 @@ def reid_enroll(
     crops, n = len(done['crops']), done['templates']
     print(f'{done["name"]}: {crops} crops added to {gallery}, {n} templates now')
 
-# %% ../nbs/07_biometrics.ipynb #9ab54632
+# %% ../nbs/07_biometrics.ipynb #3e257430
 @command
 def reid_verify(
     name:str, # The claimed identity
@@ -680,6 +681,7 @@ def reid_verify(
     outcome = verify(name, video, gallery, checkpoint, start, stop, weights, fmr)
     print(as_json(outcome.to_dict()) if json else outcome)
 
+# %% ../nbs/07_biometrics.ipynb #c22e3b8a
 @command
 def reid_identify(
     video:str, # A clip

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'MAX_FRAMES', 'CONSENT', 'PRIVATE', 'contact_sheet', 'answer
            'enrollment_tab', 'answer_column', 'rate_input', 'verification_tab', 'identification_tab', 'gallery_tab',
            'build_demo', 'serve', 'reid_demo']
 
-# %% ../nbs/08_demo.ipynb #9829f595
+# %% ../nbs/08_demo.ipynb #ded3fb13
 import base64, html, os, re, sqlite3
 from functools import wraps
 from pathlib import Path
@@ -23,7 +23,7 @@ from reid_nb.biometrics import (
     verify)
 from .dataset import BadInput, command, video_facts, write_jpeg
 
-# %% ../nbs/08_demo.ipynb #c25b22cf
+# %% ../nbs/08_demo.ipynb #59a25a42
 def contact_sheet(
     pictures:list, # Of (uint8[h,w,3] RGB, caption)
     height:int=220, # Of each picture on the page, in pixels
@@ -38,7 +38,7 @@ def contact_sheet(
                    f'<figcaption>{text}</figcaption></figure>')
     return f'<div style="display:flex;flex-wrap:wrap;margin-top:.8em">{"".join(out)}</div>'
 
-# %% ../nbs/08_demo.ipynb #5fe7ef44
+# %% ../nbs/08_demo.ipynb #51f29ed7
 KINDS = dict(good=('✔', 'Good news', '#e3f4e6', '#0b4a1b'),   # sign, word, ground and ink
              bad=('✖', 'Bad news', '#fde8e7', '#7a110c'),
              ask=('?', 'Your turn', '#fff4d6', '#5c4300'),
@@ -60,7 +60,7 @@ def answer(
             f'<ul style="margin:.4em 0 0 1.2em;list-style:disc;color:{ink}">{rows}</ul></div>'
             + contact_sheet(pictures))
 
-# %% ../nbs/08_demo.ipynb #19683ede
+# %% ../nbs/08_demo.ipynb #bd5df027
 def confine(
     root, # Folder that must not be left
     path:str, # As typed, relative to the root or absolute
@@ -73,7 +73,7 @@ def confine(
         raise BadInput(f'{ascii(str(path))[1:41]}: choose a folder below {root.name}/')
     return full
 
-# %% ../nbs/08_demo.ipynb #4dcda5ab
+# %% ../nbs/08_demo.ipynb #3d2f596f
 def query_crops(folder):
     "The crops in a query folder; raises `BadInput` where it holds anything else"
     found = [p for p in Path(folder).rglob('*') if not p.is_dir()]
@@ -99,7 +99,7 @@ def write_query(
         there.mkdir(parents=True)
         for s in d.probe.shots: write_jpeg(there/f'{s.frame:08d}_{d.track:02d}.jpg', s.crop)
 
-# %% ../nbs/08_demo.ipynb #636a4498
+# %% ../nbs/08_demo.ipynb #08fc490a
 MAX_FRAMES = 5000
 CONSENT = 'This person has agreed to be enrolled, and knows that it can be undone at any time.'
 
@@ -114,7 +114,7 @@ def complain(f):
         return answer('error', text)
     return _f
 
-# %% ../nbs/08_demo.ipynb #158d0d98
+# %% ../nbs/08_demo.ipynb #a7bb7e98
 class Desk:
     "What the app does, without a page."
     def __init__(self,
@@ -151,7 +151,7 @@ def crops_of(gallery, files):
     "Crops with their frames as captions"
     return [(read_rgb(Path(gallery)/f), f'frame {int(Path(f).stem[:8])}') for f in files]
 
-# %% ../nbs/08_demo.ipynb #0e91e10f
+# %% ../nbs/08_demo.ipynb #5545e4e5
 def part_of(video, first, last):
     "Video, start and stop, checked"
     if not video: raise BadInput('no video yet: upload a clip first')
@@ -188,7 +188,7 @@ def enroll(self:Desk,
                   [f'{len(done["crops"])} crops added', f'templates in all: {done["templates"]}'],
                   crops_of(self.gallery, done['crops']))
 
-# %% ../nbs/08_demo.ipynb #52955ab6
+# %% ../nbs/08_demo.ipynb #54ad22d1
 def decided(outcome, gallery):
     "The answer for an outcome, with the evidence of each decision"
     head, *lines = explain(outcome)
@@ -233,7 +233,7 @@ def identify(self:Desk,
     write_query(query, got.decisions)
     return decided(got, there)
 
-# %% ../nbs/08_demo.ipynb #dd1fb5aa
+# %% ../nbs/08_demo.ipynb #50b2854d
 @patch
 @complain
 def erase(self:Desk,
@@ -251,7 +251,7 @@ def erase(self:Desk,
     if r['left']: lines.append(f'not ours, so left in the folder: {", ".join(r["left"])}')
     return answer('good', f'Receipt: {r["name"]} is forgotten.', lines)
 
-# %% ../nbs/08_demo.ipynb #b868a0dc
+# %% ../nbs/08_demo.ipynb #4de21b1f
 def clip_inputs(gr):
     "Video, From Frame and To Frame"
     video = gr.Video(label='Video', sources=['upload'], include_audio=True, height=240)
@@ -278,7 +278,7 @@ def tie(button, f, inputs, output, api_name):
 
 PRIVATE = dict(api_visibility='private')   # events of the page that are no service to programs
 
-# %% ../nbs/08_demo.ipynb #46f14938
+# %% ../nbs/08_demo.ipynb #d1a3e65f
 def enrollment_tab(gr, desk):
     with gr.Tab('Enrollment'), gr.Row():
         with gr.Column(min_width=300):
@@ -299,7 +299,7 @@ def rate_input(gr, desk):
     rates = [(f'1 in {round(1/float(k)):,}', k) for k in desk.matcher.thresholds]
     return gr.Radio(rates, value=rates[0][1], label='False matches allowed, for each comparison')
 
-# %% ../nbs/08_demo.ipynb #f6e8b218
+# %% ../nbs/08_demo.ipynb #c9f2ac43
 def verification_tab(gr, desk):
     with gr.Tab('Verification') as tab, gr.Row():
         with gr.Column(min_width=300):
@@ -324,7 +324,7 @@ def identification_tab(gr, desk):
     clip[0].change(frame_range, clip[0], [*clip[1:], out], **PRIVATE)
     tie(submit, desk.identify, [*clip, there, query, fmr], out, 'identify')
 
-# %% ../nbs/08_demo.ipynb #babd426c
+# %% ../nbs/08_demo.ipynb #e62038d1
 def gallery_tab(gr, desk, people):
     with gr.Tab('Gallery') as tab, gr.Row():
         with gr.Column(min_width=300):
@@ -342,7 +342,7 @@ def gallery_tab(gr, desk, people):
         refresh, None, [chosen, log, sure], **PRIVATE)
     return chosen
 
-# %% ../nbs/08_demo.ipynb #9cb7fd25
+# %% ../nbs/08_demo.ipynb #4f578069
 def build_demo(
     gallery='gallery', # Folder of the gallery; made with the first enrolment
     checkpoint=None, # With thresholds beside it, or a `Matcher`
@@ -363,7 +363,7 @@ def build_demo(
         tab.select(lambda: (people(), people()), None, [claimed, chosen], api_name='people')
     return app.queue(max_size=20)
 
-# %% ../nbs/08_demo.ipynb #2a2886f4
+# %% ../nbs/08_demo.ipynb #95a45910
 def serve(
     app, # From `build_demo`
     port:int=None, # Of the page; None: the first free one from 7860
@@ -376,7 +376,7 @@ def serve(
                       max_file_size='200mb',
                       theme=gr.themes.Default(primary_hue='blue', **fonts), **kw)
 
-# %% ../nbs/08_demo.ipynb #0a3c1477
+# %% ../nbs/08_demo.ipynb #f1d918b1
 @command
 def reid_demo(
     port:int=7860, # Of the page, on 127.0.0.1
