@@ -12,7 +12,7 @@ __all__ = ['STATES', 'RETRY', 'MAX_BYTES', 'YTDLP', 'reid_download', 'Person', '
            'plot_crops', 'show_crops', 'report_crops']
 
 # %% ../nbs/01_dataset.ipynb #4875b7bf
-import hashlib, inspect, io, json, multiprocessing, os, pickle, re, shutil, signal, sqlite3
+import argparse, hashlib, inspect, io, json, multiprocessing, os, pickle, re, shutil, signal, sqlite3
 import sys, threading
 from collections import Counter, namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -41,6 +41,7 @@ class BadInput(Exception):
 def command(
     f, # The function to offer as a command; its docments become the `--help`
     show=None, # Makes the text to print of what `f` returns; prints nothing where it is None
+    word:str=None, # Name of an option that may also be given as a bare word
 ): # Reads the command line when a console script calls it, and is `f` otherwise
     "Give a function a face on the command line."
     @wraps(f)
@@ -48,7 +49,9 @@ def command(
         caller, name = inspect.currentframe().f_back, Path(sys.argv[0]).stem
         where = caller.f_code.co_name, caller.f_globals['__name__'], '__file__' in caller.f_globals
         if args or kwargs or where != ('<module>', '__main__', True): return f(*args, **kwargs)
-        given = vars(anno_parser(f, prog=name).parse_args())
+        parser = anno_parser(f, prog=name)
+        if word: parser.add_argument(word, nargs='?', default=argparse.SUPPRESS, help=f'the same as --{word}')
+        given = vars(parser.parse_args())
         try:
             result = f(**{k: v for k, v in given.items() if k not in ('pdb', 'xtra')})
             if show: print(show(result))

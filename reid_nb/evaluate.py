@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from fastcore.script import Param
+from functools import partial
 
 from .benchmarks import (Benchmark, blocks, color_histogram, labels, rank, read_benchmark,
                                 read_rgb, roc_points, score_counts)
@@ -392,9 +392,9 @@ def rank_lists(
     return fig
 
 # %% ../nbs/06_evaluate.ipynb #8d529dfc
-@command
+@partial(command, word='ckpt')
 def reid_evaluate(
-    ckpt:Param('A .safetensors file', nargs='?', opt=False)=None, # Checkpoint
+    ckpt:str=None, # A .safetensors file
     data:str='.', # The set's folder, or one that holds it
     protocol:str='market_folder', # Name of the protocol, such as market1501
     out:str=None, # JSON file for the result; a .png with the curves is put beside it

@@ -18,7 +18,6 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastcore.script import Param
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -425,7 +424,7 @@ def reid_finetune(
     minutes:float=None, # Stop this session after so long; the same command goes on
     labels:float=1., # Share of the identities to learn from
     seed:int=0, # Of weights, batches and alterations
-    size:Param("Height and width; default that of --init, or the recipe's", nargs='+')=None,
+    size:str=None, # Height and width as 256x128; default that of --init, or the recipe's
     batch:int=None, # Images a step; default the recipe's
     stats:str='imagenet', # imagenet or luperson: the input statistics of a published --init
     save_every:float=120, # Seconds between checkpoints

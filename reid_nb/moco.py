@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from fastcore.basics import patch
-from fastcore.script import Param
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -534,8 +533,8 @@ def reid_pretrain(
     epochs:int=20, # Passes over the store; the schedule is planned for them
     minutes:float=None, # Stop this session after so long; the same command goes on
     batch:int=64, # Crops a step
-    size:Param('Height and width of the views in pixels', nargs='+')='128x64', # As 128x64 or 128 64
-    cities:Param('Only these, as country/city', nargs='+')=None, # Cities
+    size:str='128x64', # Height and width of the views in pixels
+    cities:str=None, # Only these, as country/city, separated by commas
     seed:int=0, # Of weights, order and views
     augment:str='luperson', # luperson, moco_v2 or person
     lr:float=.03, # Peak learning rate at a batch of 256
@@ -545,6 +544,7 @@ def reid_pretrain(
     save_every:float=120, # Seconds between checkpoints
 ):
     "Pre-train an encoder on a store of unlabelled crops (MoCo v2); stops and goes on at any time."
+    cities = cities.split(',') if isinstance(cities, str) else cities
     path = pretrain(store, out, arch, epochs, minutes, batch, size, cities, seed, augment, lr,
                     queue, m, optimizer=optimizer, save_every=save_every)
     print(outcome(path))

@@ -201,7 +201,7 @@ def test_bad_input(run, store, tmp_path):
 
 def test_command(run, store, tmp_path):
     args = ['reid_pretrain', store, '--out', tmp_path, '--arch', 'osnet_x0_25', '--epochs', 2, '--batch', 8,
-            '--size', 64, 32, '--cities', 'alba/porto']
+            '--size', '64x32', '--cities', 'alba/porto']
     p = run(*args)
     assert p.returncode==0, p.stderr
     assert 'finished' in p.stdout and len(p.stdout.splitlines())==1
