@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STATES', 'RETRY', 'MAX_BYTES', 'YTDLP', 'reid_download', 'Person', 'PEOPLE', 'reid_detect', 'reid_extract',
-           'BadInput', 'command', 'VideoName', 'read_vnames', 'open_census', 'census_table', 'read_frames', 'state_of',
-           'sha256', 'remove_empty', 'video_facts', 'TooLarge', 'Stopped', 'Quiet', 'fetch', 'fetch_all', 'download',
-           'plot_census', 'show_census', 'PlainUnpickler', 'safe_load', 'Dets', 'read_dets', 'yolo_boxes', 'shrink',
-           'median_frame', 'motion_boxes', 'detect_people', 'find_videos', 'fail_together', 'detect', 'fit_boxes',
-           'write_jpeg', 'crop_frames', 'crop_video', 'crop_counts', 'follow_parent', 'crop_all', 'extract',
-           'plot_crops', 'show_crops', 'report_crops']
+           'BadInput', 'spell', 'command', 'VideoName', 'read_vnames', 'open_census', 'census_table', 'read_frames',
+           'state_of', 'sha256', 'remove_empty', 'video_facts', 'TooLarge', 'Stopped', 'Quiet', 'fetch', 'fetch_all',
+           'download', 'plot_census', 'show_census', 'PlainUnpickler', 'safe_load', 'Dets', 'read_dets', 'yolo_boxes',
+           'shrink', 'median_frame', 'motion_boxes', 'detect_people', 'find_videos', 'fail_together', 'detect',
+           'fit_boxes', 'write_jpeg', 'crop_frames', 'crop_video', 'crop_counts', 'follow_parent', 'crop_all',
+           'extract', 'plot_crops', 'show_crops', 'report_crops']
 
 # %% ../nbs/01_dataset.ipynb #4875b7bf
 import argparse, hashlib, inspect, io, json, multiprocessing, os, pickle, re, shutil, signal, sqlite3
@@ -38,6 +38,14 @@ class BadInput(Exception):
     "Something the caller can put right. The message is one line: what, where, what to do."
 
 # %% ../nbs/01_dataset.ipynb #05ebebed
+def spell(parser, word):
+    "`--a_b` and `--a-b` are one option, whichever of them this version of fastcore makes"
+    name, equals, value = word.partition('=')
+    known = {o for action in parser._actions for o in action.option_strings}
+    for v in (name, name.replace('_', '-'), '--' + name[2:].replace('-', '_')):
+        if word.startswith('--') and v in known: return v + equals + value
+    return word
+
 def command(
     f, # The function to offer as a command; its docments become the `--help`
     show=None, # Makes the text to print of what `f` returns; prints nothing where it is None
@@ -51,7 +59,7 @@ def command(
         if args or kwargs or where != ('<module>', '__main__', True): return f(*args, **kwargs)
         parser = anno_parser(f, prog=name)
         if word: parser.add_argument(word, nargs='?', default=argparse.SUPPRESS, help=f'the same as --{word}')
-        given = vars(parser.parse_args())
+        given = vars(parser.parse_args([spell(parser, w) for w in sys.argv[1:]]))
         try:
             result = f(**{k: v for k, v in given.items() if k not in ('pdb', 'xtra')})
             if show: print(show(result))
