@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Trainings are compared bit by bit, and several programs share two cores: one thread each.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get('REID_DATA', ROOT.parent/'shared'/'data'))
 
