@@ -222,7 +222,8 @@ def test_read_weights_says_what_is_missing(tmp_path):
 def test_real_people(run, data, tmp_path):
     "One epoch on CUHK03's first camera pair: the figures rise above chance on people never seen."
     root = data/'cuhk03_p1'
-    p = run('reid_finetune', root, '--epochs', 1, '--size', '128x64', '--arch', 'resnet10', '--out', tmp_path)
+    p = run('reid_finetune', root, '--epochs', 1, '--batch', 32, '--size', '128x64', '--arch', 'resnet10',
+            '--out', tmp_path)
     assert p.returncode==0, p.stderr
     bench,(model,meta) = read_benchmark('cuhk03_p1', root),load_model(tmp_path/'reid.safetensors')
     scores = rank(bench, *[embed(model, meta, [s.path for s in part]) for part in (bench.query, bench.gallery)])
