@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'SEEN', 'UNSEEN', 'ENROLLED', 'QUESTIONS', 'STYLE', 'reid_quickstart', 'Plan', 'Steps', 'QuietHandler',
            'serve', 'collect', 'learn', 'histogram_features', 'measure', 'row_of', 'score_table', 'recognise',
-           'html_table', 'html_image', 'crop_sheet', 'draw_figures', 'write_report', 'claim', 'show_table',
-           'quickstart']
+           'html_table', 'html_image', 'draw_figures', 'write_report', 'claim', 'show_table', 'quickstart']
 
 # %% ../nbs/07b_quickstart.ipynb #6ec575d8
 import base64, functools, html, io, json, resource, threading, time
@@ -15,12 +14,11 @@ from dataclasses import asdict, dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from .benchmarks import color_histogram, read_benchmark
 from .biometrics import ORDER, enroll, evidence, identify, look_at, verify
-from .crop_store import CropDataset, CropStore, pack
+from .crop_store import CropStore, contact_sheet, pack
 from .dataset import BadInput, command, download, extract
 from .evaluate import evaluate, plot_roc, write_features
 from .finetune import finetune
@@ -208,21 +206,12 @@ def html_image(data, alt):
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 # %% ../nbs/07b_quickstart.ipynb #b74ebc07
-def crop_sheet(
-    store:CropStore, # Where the crops are
-    n:int=24, # How many, evenly over the store
-)->np.ndarray: # uint8[2*96,n/2*48,3]
-    "A contact sheet of crops."
-    crops = CropDataset(store)
-    picked = [cv2.resize(crops[int(i)], (48,96)) for i in np.linspace(0, len(crops)-1, n)]
-    return np.vstack([np.hstack(picked[:n//2]), np.hstack(picked[n//2:])])
-
 def draw_figures(dest, moco):
     "PNG files of the walk: crops, MoCo's curves, ROC in both cities"
     import matplotlib.pyplot as plt
     out = Path(dest)/'figures'
     out.mkdir(exist_ok=True)
-    write_image(out/'crops.png', crop_sheet(CropStore(dest/'crops.lmdb')))
+    write_image(out/'crops.png', contact_sheet(CropStore(dest/'crops.lmdb'), n=24, columns=12))
     plot_history(load_checkpoint(dest/moco)[1]['history'])[0].figure.savefig(out/'moco.png', dpi=90)
     for part,words in (SEEN, UNSEEN):
         name = part.split('/')[0]

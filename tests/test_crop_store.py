@@ -4,19 +4,22 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
 
 import cv2
+import lmdb
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from reid_nb.crop_store import CropDataset, CropStore, decode, list_crops, pack, parse_key, stats, verify
+from reid_nb.crop_store import (CropDataset, CropStore, Item, PerGroup, Source, balance, chain, contact_sheet, decode,
+                                decode_batch, export, group, list_crops, lmdb_source, pack, parse_key, shard_source,
+                                stats, verify, video_source)
 from reid_nb.dataset import BadInput
 
 @pytest.fixture(scope='module')
@@ -49,36 +52,51 @@ def test_everything_is_inside(crops, store):
     assert set(store.cities) == {'alba/porto', 'borea/nord'} and len(set(store.videos)) == 4
     assert store.pids.tolist() == [int(f.name[:6]) for f in files]
     assert store.frames.tolist() == [int(f.name[7:14]) for f in files]
-    assert set(store.column('height')) == {64} and set(store.column('width')) == {32}
+    assert set(store.rows['height']) == {64} and set(store.rows['width']) == {32}
     pixels = np.array([decode(store[i])/255 for i in range(0, 2400)])
     np.testing.assert_allclose(store.mean, pixels.mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(store.std, pixels.std((0, 1, 2)), atol=1e-5)
 
 @pytest.mark.long
-def test_killed_twelve_times_and_still_the_same(crops, store, tmp_path):
-    path, seen = tmp_path/'killed.lmdb', 0
-    code = f'from reid_nb.crop_store import pack; pack({str(crops)!r}, {str(path)!r}, chunk=60); print("done")'
-    r = random.Random(0)
-    for _ in range(12):
+def test_a_hundred_kills_and_still_the_same(crops, store, tmp_path):
+    path, seen, halfway, r = tmp_path/'killed.lmdb', 0, 0, random.Random(0)
+    ctx = multiprocessing.get_context('fork')
+    for _ in range(100):
         before = path.stat().st_mtime_ns if path.exists() else 0
-        child = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+        child = ctx.Process(target=pack, args=(crops, path, 20))
+        child.start()
         # wait for its first sign of writing, so that the kill falls into the packing
-        while child.poll() is None and (path.stat().st_mtime_ns if path.exists() else 0) == before: time.sleep(.001)
-        time.sleep(r.random()*.05)
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
+        while child.is_alive() and (path.stat().st_mtime_ns if path.exists() else 0) == before: time.sleep(.0005)
+        time.sleep(r.random()*.01)
+        child.kill()
+        child.join()
         try: half = quiet(path)
         except BadInput as e:
-            assert 'no pictures packed' in str(e)
+            assert 'no pictures packed' in str(e) and not seen
             continue
-        assert len(half) >= seen
-        seen = len(half)
-        assert all(half[i] == store[i] for i in range(seen))
-        assert half.finished == ((len(half) == 2400) and 'finished' in half.facts)
+        assert len(half) >= seen and all(half[i] == store[i] for i in range(seen, len(half)))
+        seen, halfway = len(half), halfway + (not half.finished)
+        if half.finished: path.unlink(); seen = 0   # all of it was packed: begin anew
+    assert halfway > 30
     whole = pack(crops, path)
     assert whole.finished and whole.digest == store.digest and (whole.keys == store.keys).all()
-    np.testing.assert_array_equal(whole.mean, store.mean)
+    np.testing.assert_array_equal(whole.rows, store.rows)
     assert verify(whole) == 2400
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shelf=st.integers(1, 70), n=st.integers(1, 60), broken=st.sets(st.integers(0, 59)))
+def test_shelves_of_any_size(crops, tmp_path, shelf, n, broken):
+    jpeg = next(crops.rglob('*.jpg')).read_bytes()
+    items = [Item(b'%03d' % i, b'' if i in broken else jpeg + bytes(i)) for i in range(n)]
+    path = tmp_path/f'{shelf}_{n}_{len(broken)}.lmdb'
+    path.unlink(missing_ok=True)
+    store = pack(Source('x', n, lambda start: iter(items[start:])), path, shelf=shelf)
+    kept = [i for i in range(n) if i not in broken]
+    assert [store[i] for i in range(len(store))] == [items[i].data for i in kept]
+    assert store.keys.tolist() == [items[i].key for i in kept] and len(store.skipped) == n - len(kept)
+    digest = b''
+    for i in kept: digest = chain(digest, items[i].key, items[i].data)
+    assert store.digest == digest.hex()
 
 def test_an_unfinished_store_says_so(crops, store, tmp_path, monkeypatch):
     import reid_nb.crop_store as room
@@ -118,30 +136,27 @@ def test_broken_pictures_are_named_counted_and_skipped(crops, tmp_path, run):
     for name, data in {'a.jpg': good, 'b.jpg': good[:len(good)//2], 'c.jpg': b'', 'd.jpg': b'no picture', 'a.png': good,
                        'x'*250 + '.jpg': good}.items(): (odd/name).write_bytes(data)
     cv2.imwrite(str(odd/'e.png'), np.full((40, 20, 3), 7, np.uint8))
-    deep = odd/('y'*250)/('z'*250)
-    deep.mkdir(parents=True)
-    (deep/('w'*100 + '.jpg')).write_bytes(good)
     done = run('reid_pack', odd, tmp_path/'odd.lmdb', '--verify', '--stats')
     assert done.returncode == 0, done.stderr
     store = CropStore(tmp_path/'odd.lmdb')
     assert [k.decode() for k in store.keys] == ['a', 'e', 'x'*250]
-    assert Counter(s.split(': ')[1] for s in store.skipped) == {
-        'another one has this name': 1, 'broken': 3, 'name too long': 1}
-    for name in ('b.jpg', 'c.jpg', 'd.jpg'): assert f'skipped {name}: broken' in done.stdout
-    assert (decode(store[1]) == 7).all() and store[1][:2] == b'\xff\xd8' and '5 pictures skipped' in done.stdout
+    assert stats(store)['skipped'] == {'another one has this name': 1, 'broken': 3}
+    for name in 'bcd': assert f'skipped {name}: broken' in done.stdout
+    assert (decode(store[1]) == 7).all() and store[1][:2] == b'\xff\xd8' and '4 pictures skipped' in done.stdout
 
 def test_only_broken_pictures(tmp_path):
     (tmp_path/'a').mkdir()
     (tmp_path/'a'/'b.jpg').write_bytes(b'x')
     store = pack(tmp_path/'a', tmp_path/'s.lmdb')
-    assert len(store) == 0 and store.finished and list(store) == [] and stats(store)['skipped'] == 1
+    assert len(store) == 0 and store.finished and list(store) == [] and stats(store)['skipped'] == {'broken': 1}
 
 @pytest.mark.parametrize('key,want', [
     ('uk/reading/PETSs2l1v01/000003_0000012_01', ('uk/reading', 'PETSs2l1v01', 3, 12)),
     ('far/away/uk/reading/PETSs2l1v01/000003_0000012_01', ('uk/reading', 'PETSs2l1v01', 3, 12)),
     ('0143_c1s1_000002_00', ('', '', 143, 2)), ('query/0143_c1_2', ('', '', 143, -1)),
     ('-1_c1s1_000002_00', ('', '', -1, -1)),
-    ('99999999999999_0000012_01', ('', '', -1, -1)), ('é/ü', ('', '', -1, -1))])
+    ('99999999999999_0000012_01', ('', '', -1, -1)), ('00012_000003_0000012_01', ('', '00012', 3, 12)),
+    ('35_02_0120_00000456', ('35/02', '0120', -1, -1)), ('é/ü', ('', '', -1, -1))])
 def test_names(key, want): assert parse_key(key) == want
 
 def test_odd_file_names(crops, tmp_path):
@@ -169,7 +184,6 @@ def sizes(folder): return {p: p.stat().st_size for p in folder.rglob('*') if p.i
     ('crops', 'text.lmdb', 'not an LMDB file'), ('crops', 'folder', 'a folder, not a store'),
     ('crops', 'foreign.lmdb', 'no pictures packed'), ('crops', 'other.lmdb', 'was begun with other pictures')])
 def test_bad_input(crops, tmp_path, run, crops_, store_, words):
-    import lmdb
     for d in ('empty', 'folder'): (tmp_path/d).mkdir()
     (tmp_path/'text.lmdb').write_text('not a database '*1000)
     with lmdb.open(str(tmp_path/'foreign.lmdb'), subdir=False) as env:
@@ -203,15 +217,55 @@ def test_a_store_made_anew_is_seen(crops, tmp_path):
 def small(rgb): return cv2.resize(rgb, (16, 32))
 
 @pytest.mark.long
-@pytest.mark.parametrize('workers,how', [(0, None), (2, 'fork'), (4, 'fork'), (2, 'spawn')])
-def test_workers(store, workers, how):
+@pytest.mark.parametrize('workers,how', [(0, None), (2, 'fork'), (4, 'fork'), (2, 'spawn'), (4, 'spawn')])
+def test_a_training_loop_with_workers(store, workers, how):
+    import torch
     from torch.utils.data import DataLoader
     data = CropDataset(store.path, small, cities=['borea/nord'])
     want = np.array([data[i] for i in range(len(data))])   # the parent has the store open before it forks
+    model = torch.nn.Linear(3, 1)
+    sgd = torch.optim.SGD(model.parameters(), .1)
     for _ in range(2):
-        got = np.concatenate([b.numpy() for b in DataLoader(data, batch_size=100, num_workers=workers,
-                                                            multiprocessing_context=how)])
-        assert (got == want).all() and len(got) == 1200
+        got = []
+        for x in DataLoader(data, batch_size=100, num_workers=workers, multiprocessing_context=how):
+            loss = (model(x.float().mean((1, 2))/255) - 1).square().mean()
+            sgd.zero_grad(); loss.backward(); sgd.step()
+            got.append(x.numpy())
+        assert (np.concatenate(got) == want).all() and len(want) == 1200
+
+def break_some(store, path, n):
+    "A copy of a store in which n crops are no pictures any more"
+    raw = bytearray(open(store.path, 'rb').read())
+    for i in range(n):
+        at = raw.find(store[i])
+        raw[at:at+80] = bytes(80)
+    path.write_bytes(raw)
+    return path
+
+@pytest.mark.parametrize('workers,how', [(0, None), (2, 'fork'), (2, 'spawn')])
+def test_broken_crops_do_not_end_an_epoch(store, tmp_path, workers, how):
+    from torch.utils.data import DataLoader
+    path = break_some(store, tmp_path/'bad.lmdb', 3)
+    data = CropDataset(path, small, skip_broken=True)
+    got = np.concatenate([b.numpy() for b in DataLoader(data, 100, num_workers=workers, multiprocessing_context=how)])
+    assert len(got) == 2400 and (got[:3] == got[3]).all() and data.broken == store.keys[:3].tolist()
+    with pytest.raises(BadInput, match='is broken'): CropDataset(path, small)[2]
+    with pytest.raises(IndexError): data[2400]
+
+def test_nothing_but_broken_crops(store, tmp_path):
+    data = CropDataset(break_some(store, tmp_path/'bad.lmdb', 2400), skip_broken=True)
+    with pytest.raises(BadInput, match='not one crop'): data[7]
+
+@pytest.mark.long
+def test_memory_stays_flat_over_an_epoch(store):
+    def anonymous():
+        return int(next(line for line in open('/proc/self/smaps_rollup') if line.startswith('Anonymous')).split()[1])
+    data = CropDataset(store, small)
+    def epoch(): return sum(int(data[int(i)][0, 0, 0]) for i in np.random.permutation(len(data)))
+    for _ in range(3): epoch()
+    before = anonymous()
+    for _ in range(10): epoch()
+    assert anonymous() - before < 3000, 'kB more after ten epochs'
 
 def read(store, i, results): results.put(store[i])
 
@@ -240,6 +294,14 @@ def test_real_city_packs_too(data, tmp_path, run):
     assert len(store) == sum(c['crops'] for c in counts) and len(store.skipped) == 0
     assert Counter(store.videos) == {c['video'].split('+')[2]: c['crops'] for c in counts}
     assert set(store.cities) == {'uk/reading', 'us/oregon'}
+    assert (store.boxes[:, 3] - store.boxes[:, 1] == store.rows['height']).all()
+    straight = run('reid_pack', data/'real_city'/'videos', tmp_path/'straight.lmdb', '--dets', data/'real_city'/'dets')
+    assert straight.returncode == 0, straight.stderr
+    direct = CropStore(tmp_path/'straight.lmdb')
+    files = {key: store[i] for i, key in enumerate(store.keys.tolist())}
+    assert {key: direct[i] for i, key in enumerate(direct.keys.tolist())} == files
+    assert len(direct) + len(direct.skipped) == sum(c['boxes'] for c in counts)
+    assert (direct.boxes == store.boxes[[store.keys.tolist().index(k) for k in direct.keys.tolist()]]).all()
 
 def test_cuhk03_p1_packs_too(data, tmp_path, run):
     done = run('reid_pack', data/'cuhk03_p1'/'bounding_box_train', tmp_path/'p1.lmdb', '--stats')
@@ -247,3 +309,174 @@ def test_cuhk03_p1_packs_too(data, tmp_path, run):
     store = CropStore(tmp_path/'p1.lmdb')
     assert len(store) == 7239 and len(set(store.pids)) == 743 and len(store.skipped) == 0
     assert json.loads(done.stdout[done.stdout.index('{'):])['crops'] == 7239
+
+def write_luperson(root, jpegs, form, single):
+    "An LMDB as LUPerson and LUPerson-NL write it, and its keys.pkl in an order of its own; returns keys and pids"
+    root.mkdir()
+    order = random.Random(0).sample(range(len(jpegs)), len(jpegs))
+    if form == 'LUPerson': keys = [f'{k % 3:02d}_{k % 2:02d}_{k // 50:04d}_{k:08d}' for k in order]
+    else: keys = [f'{k // 50 + 1:05d}_{k // 7:06d}_{k:07d}_{k % 4:02d}' for k in order]
+    with lmdb.open(str(root/('lmdb.mdb' if single else 'lmdb')), subdir=not single, map_size=1 << 26) as env:
+        with env.begin(write=True) as txn:
+            for key, jpeg in zip(keys, jpegs): txn.put(key.encode(), jpeg)
+    pids = [100 + k // 7 for k in order]
+    said = dict(LUPerson=keys, pids=dict(keys=keys, pids=pids), vids=dict(keys=keys, vids=np.array(pids)))[form]
+    (root/'keys.pkl').write_bytes(pickle.dumps(said, protocol=2))
+    return keys, pids
+
+@pytest.mark.parametrize('single', [False, True])
+@pytest.mark.parametrize('form', ['LUPerson', 'pids', 'vids'])
+def test_every_historical_form(store, tmp_path, run, form, single):
+    jpegs = [store[i] for i in range(300)]
+    keys, pids = write_luperson(tmp_path/'old', jpegs, form, single)
+    done = run('reid_pack', tmp_path/'old', tmp_path/'new.lmdb', '--from-lmdb', '--verify')
+    assert done.returncode == 0, done.stderr
+    new = CropStore(tmp_path/'new.lmdb')
+    assert [k.decode() for k in new.keys] == keys and [new[i] for i in range(300)] == jpegs and new.finished
+    assert new.pids.tolist() == ([-1]*300 if form == 'LUPerson' else pids)
+    assert len(set(new.videos)) == 6 and set(new.cities) == (
+        {f'{i:02d}/{j:02d}' for i in range(3) for j in range(2)} if form == 'LUPerson' else {''})
+
+def test_lmdb_without_a_list_with_gaps_and_damage(store, tmp_path, run):
+    keys, _ = write_luperson(tmp_path/'old', [store[i] for i in range(50)] + [b'no picture'], 'LUPerson', False)
+    (tmp_path/'old'/'keys.pkl').write_bytes(pickle.dumps([*keys, '09_09_0000_00000000']))
+    done = run('reid_pack', tmp_path/'old'/'lmdb', tmp_path/'new.lmdb', '--from_lmdb')
+    assert done.returncode == 0 and '09_09_0000_00000000: missing' in done.stdout and ': broken' in done.stdout
+    assert len(CropStore(tmp_path/'new.lmdb')) == 50
+    (tmp_path/'old'/'keys.pkl').unlink()
+    listless = pack(lmdb_source(tmp_path/'old'), tmp_path/'b.lmdb')
+    assert listless.keys.tolist() == sorted(k.encode() for k in keys[:50])
+
+class Evil:
+    def __reduce__(self): return os.system, ('touch evil_was_here',)
+
+@pytest.mark.parametrize('said,words', [
+    (Evil(), 'os.system|posix.system'), ({'keys': ['a'], 'pids': [1, 2]}, '1 keys and 2 pids'),
+    ({'names': []}, 'not a keys.pkl'), (7, 'not a keys.pkl'), ([7], 'not a keys.pkl')])
+def test_bad_keys(store, tmp_path, run, said, words):
+    write_luperson(tmp_path/'old', [store[0]], 'pids', False)
+    (tmp_path/'old'/'keys.pkl').write_bytes(pickle.dumps(said))
+    done = run('reid_pack', tmp_path/'old', tmp_path/'new.lmdb', '--from-lmdb', cwd=tmp_path)
+    assert done.returncode == 2 and re.search(words, done.stderr) and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path/'new.lmdb').exists() and not (tmp_path/'evil_was_here').exists()
+
+def test_shards(crops, store, tmp_path, run):
+    shards = tmp_path/'shards'
+    shards.mkdir()
+    for video in sorted(p for p in crops.glob('*/*/*')): pack(video, shards/f'{video.name}.lmdb')
+    many = CropStore(shards)
+    assert len(many) == 2400 and sorted(many[i] for i in range(2400)) == sorted(store[i] for i in range(2400))
+    assert pickle.loads(pickle.dumps(many))[1300] == many[1300] and verify(many) == 2400
+    np.testing.assert_allclose(many.mean, store.mean, atol=1e-6)
+    done = run('reid_pack', shards, tmp_path/'one.lmdb', '--merge', '--verify')
+    assert done.returncode == 0, done.stderr
+    one = CropStore(tmp_path/'one.lmdb')
+    assert all(one[i] == many[i] for i in range(2400)) and (one.rows['mean'] == many.rows['mean']).all()
+    shutil.copy(next(shards.iterdir()), shards/'twin.lmdb')
+    twice = pack(shard_source(shards), tmp_path/'twice.lmdb')
+    assert len(twice) == 2400 and len(twice.skipped) == 600 and twice.skipped[0].endswith('another one has this name')
+
+def test_a_track_is_one_in_all_shards(crops, tmp_path):
+    files = sorted(crops.glob('alba/porto/toyVideo000/*.jpg'))
+    for k in range(2):
+        half = tmp_path/str(k)/'alba'/'porto'/'toyVideo000'
+        half.mkdir(parents=True)
+        for f in files[k::2]: shutil.copy(f, half)
+        pack(tmp_path/str(k), tmp_path/f'{k}.lmdb')
+    both = CropStore([tmp_path/'0.lmdb', tmp_path/'1.lmdb'])
+    whole = pack(crops/'alba'/'porto'/'toyVideo000', tmp_path/'w.lmdb')
+    assert sorted(np.bincount(both.tracks)) == sorted(np.bincount(whole.tracks)) and set(both.videos) == {'toyVideo000'}
+
+def test_from_lmdb_and_merge_tell_each_other_apart(store, tmp_path, run):
+    done = run('reid_pack', store.path, tmp_path/'a.lmdb', '--from-lmdb')
+    assert done.returncode == 2 and 'use --merge' in done.stderr
+    done = run('reid_pack', store.path, tmp_path/'a.lmdb', '--from-lmdb', '--merge')
+    assert done.returncode == 2 and 'give one of' in done.stderr
+    done = run('reid_pack', tmp_path, tmp_path/'a.lmdb', '--merge')
+    assert done.returncode == 2 and 'no store in this folder' in done.stderr
+    write_luperson(tmp_path/'old', [store[0]], 'pids', True)
+    done = run('reid_pack', tmp_path/'old'/'lmdb.mdb', tmp_path/'a.lmdb', '--merge')
+    assert done.returncode == 2 and 'no pictures packed' in done.stderr and not (tmp_path/'a.lmdb').exists()
+
+def test_out_and_in_again(crops, store, tmp_path, run):
+    sheet = tmp_path/'sheet.png'
+    done = run('reid_pack', 'gone', store.path, '--export', tmp_path/'out', '--sample', sheet, '--stats')
+    assert done.returncode == 0, done.stderr
+    assert {p.relative_to(crops) for p in crops.rglob('*.jpg')} == {p.relative_to(tmp_path/'out')
+                                                                    for p in (tmp_path/'out').rglob('*.*')}
+    assert pack(tmp_path/'out', tmp_path/'again.lmdb').digest == store.digest
+    assert cv2.imread(str(sheet)).shape == (4*96, 16*48, 3)
+    one = next((tmp_path/'out').rglob('*.jpg'))
+    one.write_bytes(b'cut off')
+    assert export(store, tmp_path/'out') == 2400 and pack(tmp_path/'out', tmp_path/'third.lmdb').digest == store.digest
+
+@pytest.mark.parametrize('key', [b'../evil', b'/tmp/reid_nb_evil', b'a/../../evil'])
+def test_no_key_leads_out_of_the_folder(store, tmp_path, key):
+    odd = pack(Source('x', 1, lambda start: iter([Item(key, store[0])][start:])), tmp_path/'odd.lmdb')
+    with pytest.raises(BadInput, match='leads out'): export(odd, tmp_path/'in'/'out')
+    assert not list(tmp_path.rglob('*evil*')) and not os.path.exists('/tmp/reid_nb_evil.jpg')
+
+def test_a_read_only_folder(crops, store, tiny_disk, run):
+    small_one = pack(next(crops.glob('*/*/*')), tiny_disk/'crops.lmdb')
+    subprocess.run(['mount', '-o', 'remount,ro', tiny_disk], check=True)
+    done = run('reid_pack', 'gone', tiny_disk/'crops.lmdb', '--verify')
+    assert done.returncode == 0 and '600 crops decoded' in done.stdout, done.stderr
+    assert quiet(tiny_disk/'crops.lmdb').digest == small_one.digest
+    for name in 'crops.lmdb', 'new.lmdb':
+        done = run('reid_pack', crops, tiny_disk/name)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert 'ead-only' in done.stderr
+    assert os.listdir(tiny_disk) == ['crops.lmdb']
+
+def test_reading_while_another_packs(crops, store, tmp_path):
+    path = tmp_path/'a.lmdb'
+    child = multiprocessing.get_context('fork').Process(target=pack, args=(crops, path, 5))
+    child.start()
+    seen = set()
+    while child.is_alive():
+        if not os.path.exists(f'{path}-lock'): continue
+        try: half = quiet(path)
+        except BadInput: continue
+        seen.add(len(half))
+        assert all(half[i] == store[i] for i in range(0, len(half), 7))
+    child.join()
+    assert child.exitcode == 0 and len(seen) > 2 and CropStore(path).digest == store.digest
+
+def test_fair_shares():
+    labels = np.array(['a']*900 + ['b']*90 + ['c']*10)
+    weights = balance(labels)
+    np.testing.assert_allclose([weights[labels == x].sum() for x in 'abc'], 1/3)
+    assert {k: len(v) for k, v in group(labels).items()} == dict(a=900, b=90, c=10)
+    sampler = PerGroup(labels, 20, seed=3)
+    first, second = list(sampler), list(sampler)
+    assert len(sampler) == 60 and set(Counter(labels[first]).values()) == {20} and first != second
+    assert len(set(first[i] for i in range(60) if labels[first[i]] == 'a')) == 20
+    assert list(PerGroup(labels, 20, seed=3)) == first
+
+def test_contact_sheet_of_a_few(crops, tmp_path):
+    (tmp_path/'few').mkdir()
+    for f in sorted(crops.rglob('*.jpg'))[:3]: shutil.copy(f, tmp_path/'few')
+    assert contact_sheet(pack(tmp_path/'few', tmp_path/'few.lmdb'), columns=2).shape == (192, 96, 3)
+
+def test_batches_on_the_gpu(store):
+    torch = pytest.importorskip('torch')
+    if not torch.cuda.is_available(): pytest.skip('no CUDA device: its JPEG decoder is not tried')
+    jpegs = [store[i] for i in range(64)] + [b'broken']
+    on_gpu, on_cpu = decode_batch(jpegs, 'cuda'), decode_batch(jpegs)
+    assert on_gpu[-1] is None and all(g.is_cuda for g in on_gpu[:-1])
+    assert all((g.cpu().int() - c.int()).abs().float().mean() < 2 for g, c in zip(on_gpu[:-1], on_cpu))
+
+def test_a_killed_stream_goes_on(toy, tmp_path):
+    def source(): return video_source(toy/'videos', toy/'dets')
+    whole, items = pack(source(), tmp_path/'whole.lmdb', shelf=64), source().items
+    class Die(Exception): "Somewhere in the second video"
+    def dying(start):
+        for k, item in enumerate(items(start)):
+            if start + k == 1234: raise Die
+            yield item
+    broken = source()
+    broken.items = dying
+    with pytest.raises(Die): pack(broken, tmp_path/'half.lmdb', shelf=64)
+    assert 1000 < len(quiet(tmp_path/'half.lmdb')) < 1234
+    again = pack(source(), tmp_path/'half.lmdb', shelf=64)
+    assert again.digest == whole.digest and again.skipped == whole.skipped and verify(again)
