@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PATTERNS', 'Item', 'IMAGES', 'SCHEMA', 'TABLES', 'ROW', 'MAGIC', 'Shard', 'parse_key', 'Source', 'list_crops',
            'read_places', 'folder_source', 'decode', 'look', 'chain', 'State', 'make_shelf', 'open_env', 'write',
-           'locate', 'open_tables', 'read_notes', 'read_shard', 'mean_std', 'find_shards', 'CropStore', 'in_threads',
-           'fill', 'pack', 'decode_batch', 'CropDataset', 'balance', 'group', 'PerGroup', 'video_source', 'find_lmdb',
-           'read_keys', 'lmdb_source', 'shard_source', 'verify', 'stats', 'contact_sheet', 'export', 'reid_pack']
+           'locate', 'open_tables', 'read_notes', 'check_places', 'read_shard', 'mean_std', 'find_shards', 'CropStore',
+           'in_threads', 'fill', 'pack', 'decode_batch', 'CropDataset', 'balance', 'group', 'PerGroup', 'video_source',
+           'find_lmdb', 'read_keys', 'lmdb_source', 'shard_source', 'verify', 'stats', 'contact_sheet', 'export',
+           'reid_pack']
 
-# %% ../nbs/02_lmdb.ipynb #b5eddc0c
+# %% ../nbs/02_lmdb.ipynb #4e0d7450
 import hashlib, json, os, re, shutil, threading, warnings, zlib
 from array import array
 from collections import Counter, namedtuple
@@ -27,10 +28,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from .dataset import (BadInput, command, cut_people, encode_jpeg, find_pairs, fingerprint,
-                             read_dets, safe_load)
+from .dataset import (
+    BadInput, command, cut_people, encode_jpeg, find_pairs, fingerprint, read_dets, safe_load)
+from .toy_city import write_image
 
-# %% ../nbs/02_lmdb.ipynb #9d5d4067
+# %% ../nbs/02_lmdb.ipynb #08631165
 PATTERNS = [re.compile(p, re.ASCII) for p in (
     r'(?P<pid>\d{1,9})_(?P<frame>\d{1,9})_\d+',                   # reid_extract
     r'(?P<pid>\d{1,9})_c\d+s\d+_(?P<frame>\d{1,9})_\d+',          # Market-1501
@@ -49,7 +51,7 @@ def parse_key(
     city = said['city'].replace('_', '/') if 'city' in said else city
     return city, said.get('video', video), int(said.get('pid', -1)), int(said.get('frame', -1))
 
-# %% ../nbs/02_lmdb.ipynb #211315b9
+# %% ../nbs/02_lmdb.ipynb #6afa2317
 Item = namedtuple('Item', 'key data pid box seen why', defaults=(None, None, (-1,)*4, None, ''))
 Item.__doc__ = """A crop on its way into a store: `key` bytes; `data` its bytes, or a function that
 gives them; `pid`, and `box` x1,y1,x2,y2 in its frame, where they are known; what `look` has `seen`;
@@ -62,7 +64,7 @@ class Source:
     total:int      # How many items it has
     items:Callable # Function: number of the first item -> iterator of `Item`
 
-# %% ../nbs/02_lmdb.ipynb #ea145229
+# %% ../nbs/02_lmdb.ipynb #aa662659
 IMAGES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp'}
 
 def list_crops(
@@ -82,7 +84,7 @@ def list_crops(
     if not found: raise BadInput(f'{crops}: not one picture in it ({" ".join(sorted(IMAGES))})')
     return sorted(found)
 
-# %% ../nbs/02_lmdb.ipynb #62c067e8
+# %% ../nbs/02_lmdb.ipynb #f97b13b5
 @lru_cache(8)
 def read_places(
     folder:str, # Folder of a video's crops
@@ -92,7 +94,8 @@ def read_places(
     if not path.is_file(): return {}
     try:
         places = json.loads(path.read_text()).get('places', {})
-        return {name: (int(x1), int(y1), int(x2), int(y2)) for name, (x1, y1, x2, y2) in places.items()}
+        return {name: (int(x1), int(y1), int(x2), int(y2))
+                for name, (x1, y1, x2, y2) in places.items()}
     except (AttributeError, TypeError, ValueError) as e:
         raise BadInput(f'{path}: not written by reid_extract: {e}') from None
 
@@ -108,9 +111,10 @@ def folder_source(
             folder, name = os.path.split(path)
             box = read_places(folder).get(os.path.splitext(name)[0], (-1,)*4)
             yield Item(key, partial(Path.read_bytes, Path(path)), box=box, why=twin)
-    return Source(hashlib.sha256(b'\0'.join(key for key, _ in listed)).hexdigest(), len(listed), items)
+    digest = hashlib.sha256(b'\0'.join(key for key, _ in listed)).hexdigest()
+    return Source(digest, len(listed), items)
 
-# %% ../nbs/02_lmdb.ipynb #34269ef4
+# %% ../nbs/02_lmdb.ipynb #1eeba0d2
 def decode(
     jpeg:bytes, # A picture
 )->np.ndarray: # uint8[h,w,3] RGB, or None for a broken one
@@ -131,7 +135,7 @@ def look(
     jpeg = data if data[:2] == b'\xff\xd8' else encode_jpeg(rgb)
     return item._replace(data=jpeg, seen=(*rgb.shape[:2], mean, std))
 
-# %% ../nbs/02_lmdb.ipynb #2f839636
+# %% ../nbs/02_lmdb.ipynb #6995b0ac
 SCHEMA = 2  # of the form in which a store is written
 TABLES = 'images', 'rows', 'keys', 'notes', 'facts'
 ROW = np.dtype([('size', '<u4'),                           # bytes of the JPEG
@@ -141,7 +145,7 @@ ROW = np.dtype([('size', '<u4'),                           # bytes of the JPEG
                 ('height', '<u2'), ('width', '<u2'),       # pixels
                 ('mean', '<f2', 3), ('std', '<f2', 3)])    # of RGB, from 0 to 1
 
-# %% ../nbs/02_lmdb.ipynb #280a2469
+# %% ../nbs/02_lmdb.ipynb #6b550321
 def chain(
     digest:bytes, # So far; b'' at the start
     key:bytes, # Of the next picture
@@ -161,7 +165,7 @@ class State:
         names = (name for note in notes for name in note['folders'])
         self.folders = {name: i for i, name in enumerate(names)}
 
-# %% ../nbs/02_lmdb.ipynb #66e78f9d
+# %% ../nbs/02_lmdb.ipynb #d5e08f07
 def make_shelf(
     items:list, # The next `Item`s, looked at
     state:State, # It is moved forward
@@ -177,13 +181,15 @@ def make_shelf(
             keys.append(key)
             pictures.append(jpeg)
             state.digest = chain(state.digest, key, jpeg)
-    state.shelf, state.done, state.count = state.shelf + 1, state.done + len(items), state.count + len(rows)
+    state.shelf += 1
+    state.done += len(items)
+    state.count += len(rows)
     note = dict(done=state.done, count=state.count, digest=state.digest.hex(),
                 folders=list(state.folders)[known:], skipped=skipped)
     tables = dict(rows=np.array(rows, ROW).tobytes(), keys=zlib.compress(b'\0'.join(keys)))
     return b''.join(pictures), tables, note
 
-# %% ../nbs/02_lmdb.ipynb #6947a437
+# %% ../nbs/02_lmdb.ipynb #d0f2810c
 MAGIC = b'\xde\xc0\xef\xbe'  # Bytes 16 to 19 of an LMDB file
 
 def open_env(
@@ -203,7 +209,7 @@ def open_env(
         raise BadInput(f'{path}: the end of the file is missing: copy it again')
     return env
 
-# %% ../nbs/02_lmdb.ipynb #e598e284
+# %% ../nbs/02_lmdb.ipynb #450f419f
 def write(
     env:lmdb.Environment, # Open for writing
     **tables, # {table: list of (key, value)}
@@ -219,7 +225,7 @@ def write(
             return
         except lmdb.MapFullError: env.set_mapsize(2*env.info()['map_size'])
 
-# %% ../nbs/02_lmdb.ipynb #626cf6a9
+# %% ../nbs/02_lmdb.ipynb #a5502a1a
 def locate(
     path, # A file
     value:bytes, # Of a page or more; it was written lately
@@ -227,13 +233,13 @@ def locate(
 )->int: # The first byte of the value in the file; raises `OSError` where it is not
     "Find a value that has pages of its own, from the end of the file on."
     with open(path, 'rb') as f:
-        for n in range((os.fstat(f.fileno()).st_size - len(value))//page, 0, -1):
+        fd, head = f.fileno(), value[:32]
+        for n in range((os.fstat(fd).st_size - len(value))//page, 0, -1):
             at = n*page + 16
-            if os.pread(f.fileno(), 32, at) == value[:32] and os.pread(f.fileno(), len(value), at) == value:
-                return at
+            if os.pread(fd, 32, at) == head and os.pread(fd, len(value), at) == value: return at
     raise OSError(f'{path}: what was just written is not in the file')
 
-# %% ../nbs/02_lmdb.ipynb #3c354cf4
+# %% ../nbs/02_lmdb.ipynb #f6643afe
 _opening = threading.Lock()  # a process may have an LMDB file open only once
 
 def open_tables(env, path):
@@ -247,8 +253,15 @@ def read_notes(txn, tables):
     return facts, [json.loads(v) for _, v in txn.cursor(tables['notes'])]
 
 Shard = namedtuple('Shard', 'rows at keys folders skipped digest finished')
-Shard.__doc__ = """Of one file: ROW[n]; the byte at which each picture begins, int64[n]; zlib of the keys of
-each shelf; names of folders; what was left out, and why; digest; is it finished?"""
+Shard.__doc__ = """Of one file: ROW[n]; the byte at which each picture begins, int64[n]; zlib of the
+keys of each shelf; names of folders; what was left out, and why; digest; is it finished?"""
+
+def check_places(path, places, page):
+    "Raise `BadInput` where the page before a shelf is not the one it was written on"
+    with open(path, 'rb') as f:
+        numbers = [int.from_bytes(os.pread(f.fileno(), 8, at - 16), 'little') for at in places]
+    if numbers != [at//page for at in places]:
+        raise BadInput(f'{path}: its pages were moved (compacted?): copy the original as it is')
 
 def read_shard(
     path, # A store that is one file
@@ -257,24 +270,27 @@ def read_shard(
     if not os.path.isfile(path): raise BadInput(f'{path}: no such store: make one with reid_pack')
     # While a packer writes, its lock file is there, and it must keep the pages that we read
     lock = os.access(f'{path}-lock', os.W_OK)
-    with _opening, closing(open_env(path, readonly=True, lock=lock)) as env, open(path, 'rb') as f:
-        tables, page = open_tables(env, path), env.stat()['psize']
+    with _opening, closing(open_env(path, readonly=True, lock=lock)) as env:
+        handles, page = open_tables(env, path), env.stat()['psize']
         with env.begin() as txn:
-            facts, notes = read_notes(txn, tables)
+            facts, notes = read_notes(txn, handles)
             form = facts.get('begun', {}).get('schema')
-            if form != SCHEMA: raise BadInput(f'{path}: written in form {form}, not in {SCHEMA}: pack again')
-            shelves, keys = ([v for _, v in islice(txn.cursor(tables[name]), len(notes))] for name in ('rows', 'keys'))
-        try: shelves = [np.frombuffer(v, ROW) for v in shelves]
-        except ValueError as e: raise BadInput(f'{path}: damaged ({e}): copy it again') from None
-        for at in (note['at'] for note in notes if note['at']):
-            if int.from_bytes(os.pread(f.fileno(), 8, at - 16), 'little') != at//page:
-                raise BadInput(f'{path}: its pages were moved (compacted?): copy the original as it is')
-    at = [note['at'] + np.cumsum(rows['size'], dtype=np.int64) - rows['size'] for note, rows in zip(notes, shelves)]
-    return Shard(np.concatenate([np.zeros(0, ROW), *shelves]), np.concatenate([np.zeros(0, np.int64), *at]),
-                 keys, list(State(notes).folders), [line for note in notes for line in note['skipped']],
-                 State(notes).digest.hex(), 'finished' in facts)
+            if form != SCHEMA:
+                raise BadInput(f'{path}: written in form {form}, not in {SCHEMA}: pack again')
+            rows = [v for _, v in islice(txn.cursor(handles['rows']), len(notes))]
+            keys = [v for _, v in islice(txn.cursor(handles['keys']), len(notes))]
+    places = [note['at'] for note in notes]
+    check_places(path, [at for at in places if at], page)
+    try: rows = [np.frombuffer(v, ROW) for v in rows]
+    except ValueError as e: raise BadInput(f'{path}: damaged ({e}): copy it again') from None
+    sizes = [shelf['size'].astype(np.int64) for shelf in rows]
+    begins = [at + np.cumsum(size) - size for at, size in zip(places, sizes)]
+    state, skipped = State(notes), [line for note in notes for line in note['skipped']]
+    return Shard(np.concatenate([np.zeros(0, ROW), *rows]),
+                 np.concatenate([np.zeros(0, np.int64), *begins]), keys,
+                 list(state.folders), skipped, state.digest.hex(), 'finished' in facts)
 
-# %% ../nbs/02_lmdb.ipynb #ca0fedd5
+# %% ../nbs/02_lmdb.ipynb #898ac4a8
 def mean_std(
     rows:np.ndarray, # ROW[n]
 )->tuple: # float32[3], float32[3]: RGB, from 0 to 1
@@ -284,7 +300,7 @@ def mean_std(
     square = (std**2 + mean**2).mean(0) - mean.mean(0)**2
     return np.float32(mean.mean(0)), np.float32(np.sqrt(square.clip(0)))
 
-# %% ../nbs/02_lmdb.ipynb #a27e13c0
+# %% ../nbs/02_lmdb.ipynb #e850c731
 def find_shards(
     path, # A store; a folder of stores, `*.lmdb`; or a list of stores
 )->list: # Their paths; raises `BadInput` where there is none
@@ -304,19 +320,23 @@ class CropStore:
         shards, self.path = [read_shard(p) for p in self.paths], self.paths[0]
         for p, shard in zip(self.paths, shards):
             if not shard.finished: warnings.warn(
-                f'{p} is unfinished: {len(shard.rows):,} crops so far; the same reid_pack command goes on')
+                f'{p} is unfinished: {len(shard.rows):,} crops so far; '
+                'the same reid_pack command goes on')
             known = [folders.setdefault(name, len(folders)) for name in shard.folders]
             if known: shard.rows['folder'] = np.array(known, np.uint32)[shard.rows['folder']]
         rows, at, keys, _, skipped, digests, finished = zip(*shards)
-        self.rows, self.skipped, self.finished = np.concatenate(rows), sum(skipped, []), all(finished)
-        self.digest = digests[0] if len(digests) == 1 else hashlib.sha256(''.join(digests).encode()).hexdigest()
+        self.rows, self.skipped = np.concatenate(rows), sum(skipped, [])
+        self.finished, self.digest = all(finished), digests[0]
+        if len(digests) > 1: self.digest = hashlib.sha256(''.join(digests).encode()).hexdigest()
         self._keys, self._folders = sum(keys, []), list(folders)
         self._files = [open(p, 'rb', buffering=0) for p in self.paths]
+        fds = np.array([f.fileno() for f in self._files], np.int32)
         # Arrays of the standard library give Python numbers faster than those of NumPy
-        self._at, self._size = array('q', np.concatenate(at).tobytes()), array('I', self.rows['size'].tobytes())
-        self._fd = array('I', np.repeat([f.fileno() for f in self._files], list(map(len, rows))).astype('u4').tobytes())
-        for f in self._files:
-            if hasattr(os, 'posix_fadvise'): os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        self._fd = array('i', np.repeat(fds, [len(r) for r in rows]).tobytes())
+        self._at = array('q', np.concatenate(at).tobytes())
+        self._size = array('I', self.rows['size'].tobytes())
+        if hasattr(os, 'posix_fadvise'):
+            for fd in fds: os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return os.pread(self._fd[i], self._size[i], self._at[i])
@@ -336,7 +356,8 @@ class CropStore:
         return np.unique(ids, return_inverse=True)[1] - (ids < 0).any()
 
     def _split(self, part):
-        return np.array([name.rpartition('/')[part] for name in self._folders], str)[self.rows['folder']]
+        names = [name.rpartition('/')[part] for name in self._folders]
+        return np.array(names, str)[self.rows['folder']]
 
     cities = property(lambda self: self._split(0), doc="str[n], 'country/city'")
     videos = property(lambda self: self._split(2), doc='str[n]; each counts its pids anew')
@@ -346,7 +367,7 @@ class CropStore:
     mean = property(lambda self: mean_std(self.rows)[0], doc='float32[3], RGB, from 0 to 1')
     std = property(lambda self: mean_std(self.rows)[1], doc='float32[3], RGB, from 0 to 1')
 
-# %% ../nbs/02_lmdb.ipynb #4f6fa852
+# %% ../nbs/02_lmdb.ipynb #9ea1f0ea
 def in_threads(
     f:Callable, # Function of an item
     items, # Iterable
@@ -363,7 +384,8 @@ def fill(env, store, source, shelf, progress):
     "Go on with a store until all items are in it"
     begun = dict(schema=SCHEMA, items=source.total, source=source.digest)
     if not env.stat()['entries']:
-        write(env, **{name: [] for name in TABLES[:-1]}, facts=[(b'begun', json.dumps(begun).encode())])
+        empty = {name: [] for name in TABLES}
+        write(env, **empty | dict(facts=[(b'begun', json.dumps(begun).encode())]))
     handles, page = open_tables(env, store), env.stat()['psize']
     with env.begin() as txn: facts, notes = read_notes(txn, handles)
     if facts['begun'] != begun:
@@ -386,7 +408,7 @@ def fill(env, store, source, shelf, progress):
     done = dict(count=state.count, digest=state.digest.hex(), mean=mean, std=std)
     write(env, facts=[(b'finished', json.dumps(done).encode())])
 
-# %% ../nbs/02_lmdb.ipynb #520a6ebf
+# %% ../nbs/02_lmdb.ipynb #2078ce3b
 def pack(
     crops, # Folder of pictures, or a `Source`
     store, # File to make, or to go on with
@@ -400,7 +422,8 @@ def pack(
     try: lock.acquire()
     except Timeout: raise BadInput(f'{store}: another reid_pack is at it') from None
     try:
-        with closing(open_env(store, map_size=1<<26)) as env: fill(env, store, source, shelf, progress)
+        with closing(open_env(store, map_size=1<<26)) as env:
+            fill(env, store, source, shelf, progress)
     except lmdb.Error as e:
         free = shutil.disk_usage(store.parent).free/1e6
         raise OSError(f'{store}: cannot be written: {e} ({free:.1f} MB free): what was written '
@@ -411,7 +434,7 @@ def pack(
     Path(f'{store}-lock').unlink(missing_ok=True)
     return CropStore(store)
 
-# %% ../nbs/02_lmdb.ipynb #1734c300
+# %% ../nbs/02_lmdb.ipynb #65eb50e1
 def decode_batch(
     jpegs:list, # Of bytes
     device='cpu', # Where to decode: a CUDA device uses its own JPEG decoder
@@ -419,18 +442,19 @@ def decode_batch(
     "Decode pictures where they are needed."
     import torch
     if torch.device(device).type == 'cpu':
-        return [None if rgb is None else torch.from_numpy(rgb).permute(2, 0, 1) for rgb in map(decode, jpegs)]
+        pictures = map(decode, jpegs)
+        return [None if rgb is None else torch.from_numpy(rgb).permute(2, 0, 1) for rgb in pictures]
     from torchvision.io import ImageReadMode, decode_jpeg
-    on_device = partial(decode_jpeg, mode=ImageReadMode.RGB, device=device)
+    if not jpegs: return []
     tensors = [torch.frombuffer(bytearray(j) or bytearray(1), dtype=torch.uint8) for j in jpegs]
-    try: return on_device(tensors)
-    except RuntimeError as e:   # one of them is broken, and all are refused
-        if len(jpegs) == 1 and 'out of memory' not in str(e): return [None]
-        if len(jpegs) == 1: raise
+    try: return decode_jpeg(tensors, ImageReadMode.RGB, device)
+    except torch.cuda.OutOfMemoryError: raise
+    except RuntimeError:   # one of them is broken, and all are refused
+        if len(jpegs) == 1: return [None]
     half = len(jpegs)//2
     return decode_batch(jpegs[:half], device) + decode_batch(jpegs[half:], device)
 
-# %% ../nbs/02_lmdb.ipynb #0e8ba128
+# %% ../nbs/02_lmdb.ipynb #789b3960
 class CropDataset:
     "The crops of a store as a PyTorch map-style dataset, for any number of workers."
     def __init__(self,
@@ -458,15 +482,17 @@ class CropDataset:
             rgb = decode(self.store[at])
             if rgb is not None: return self.tfm(rgb) if self.tfm else rgb
             self._broken[(i + k) % len(self)] = True
-            if not self.skip_broken: raise BadInput(f'{self.store.path}: {self.store.keys[at]} is broken')
+            if not self.skip_broken:
+                raise BadInput(f'{self.store.path}: {self.store.keys[at]} is broken')
         raise BadInput(f'{self.store.path}: not one crop that can be decoded')
 
     @property
     def broken(self):
         "list of keys, of the crops found broken so far, by whichever worker"
-        return self.store.keys[self.idx[self._broken.numpy()]].tolist() if self._broken.any() else []
+        found = self._broken.numpy()
+        return self.store.keys[self.idx[found]].tolist() if found.any() else []
 
-# %% ../nbs/02_lmdb.ipynb #9c281b1c
+# %% ../nbs/02_lmdb.ipynb #af808b42
 def balance(
     labels, # [n], such as `store.videos`
 )->np.ndarray: # float64[n], for `torch.utils.data.WeightedRandomSampler`
@@ -497,7 +523,7 @@ class PerGroup:
         drawn = [r.choice(g, self.n, replace=len(g) < self.n) for g in self.groups]
         return iter(r.permutation(np.concatenate(drawn)).tolist())
 
-# %% ../nbs/02_lmdb.ipynb #71d6db5f
+# %% ../nbs/02_lmdb.ipynb #986388c4
 def video_source(
     videos, # A video, or a folder of videos named `country+city+id`
     dets, # Folder of their detections
@@ -520,18 +546,20 @@ def video_source(
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return Source(digest, int(ends[-1]), items)
 
-# %% ../nbs/02_lmdb.ipynb #ba68873d
+# %% ../nbs/02_lmdb.ipynb #dbd8f7b0
 def find_lmdb(
     path, # An LMDB file, an LMDB folder (`data.mdb`), or the folder that holds one of them
-)->tuple: # Path of the LMDB, path of its keys.pkl or None; raises `BadInput` where there is no LMDB
+)->tuple: # Path of the LMDB file, of its keys.pkl or None; raises `BadInput` for none or several
     "An LMDB and its list of keys."
     path = Path(path)
-    inside = [path/'data.mdb', *path.glob('*/data.mdb'), *path.glob('*.lmdb'), *path.glob('*.mdb')]
-    found = path if path.is_file() else next((p for p in inside if p.is_file()), None)
-    if not found: raise BadInput(f'{path}: no LMDB in it (data.mdb, *.lmdb)')
-    home = found.parent if found.name == 'data.mdb' else found
-    pkl = next((p for p in (home/'keys.pkl', home.parent/'keys.pkl') if p.is_file()), None)
-    return home, pkl
+    inside = [found for name in ('*.mdb', '*/data.mdb', '*.lmdb') for found in sorted(path.glob(name))
+              if found.is_file() and found.name != 'lock.mdb']
+    if path.is_file(): inside = [path]
+    if not inside: raise BadInput(f'{path}: no LMDB in it (data.mdb, *.lmdb)')
+    if len(inside) > 1: raise BadInput(f'{path}: name one of {", ".join(map(str, inside))}')
+    beside = [inside[0].parent/'keys.pkl']
+    if inside[0].name == 'data.mdb': beside.append(inside[0].parent.parent/'keys.pkl')
+    return inside[0], next((pkl for pkl in beside if pkl.is_file()), None)
 
 def read_keys(
     pkl, # A keys.pkl: a list of keys, or a dict with 'keys' and perhaps 'pids' or 'vids'
@@ -547,42 +575,42 @@ def read_keys(
         raise BadInput(f'{pkl}: not a keys.pkl of LUPerson: {e!r}') from None
     return list(zip(keys, pids))
 
-# %% ../nbs/02_lmdb.ipynb #6bac5c18
+# %% ../nbs/02_lmdb.ipynb #b0a55219
 def lmdb_source(
     path, # As for `find_lmdb`
 )->Source: # Raises `BadInput` for what is no LMDB, or a store of ours
     "The pictures of an LMDB as LUPerson, LUPerson-NL and the report write it: a picture a value."
-    home, pkl = find_lmdb(path)
-    def opened():
-        try: return lmdb.open(str(home), subdir=home.is_dir(), readonly=True, lock=False, readahead=False)
-        except lmdb.Error as e: raise BadInput(f'{home}: cannot be opened: {e}') from None
+    file, pkl = find_lmdb(path)
+    def opened(): return closing(open_env(file, readonly=True, lock=False))
     with opened() as env, env.begin() as txn:
-        if txn.get(b'facts') is not None: raise BadInput(f'{home}: made by reid_pack: use --merge')
-        keys = read_keys(pkl) if pkl else [(k, None) for k in txn.cursor().iternext(values=False)]
-    if not keys: raise BadInput(f'{home}: empty')
+        if txn.get(b'facts') is not None: raise BadInput(f'{file}: made by reid_pack: use --merge')
+        found = txn.cursor().iternext(values=False)
+        keys = read_keys(pkl) if pkl else [(key, None) for key in found]
+    if not keys: raise BadInput(f'{file}: empty')
     def items(start):
         with opened() as env, env.begin() as txn:
             for key, pid in islice(keys, start, None):
                 jpeg = txn.get(key)
                 yield Item(key, jpeg, pid, why='missing' if jpeg is None else '')
-    return Source(hashlib.sha256(b'\0'.join(k for k, _ in keys)).hexdigest(), len(keys), items)
+    digest = hashlib.sha256(b'\0'.join(key for key, _ in keys)).hexdigest()
+    return Source(digest, len(keys), items)
 
-# %% ../nbs/02_lmdb.ipynb #a91514ac
+# %% ../nbs/02_lmdb.ipynb #85e9d1ae
 def shard_source(
     path, # As for `find_shards`
 )->Source: # Raises `BadInput` for an unfinished store
     "The crops of finished stores, one after another."
     store = CropStore(path)
-    if not store.finished: raise BadInput(f'{path}: a store in it is unfinished: pack it to the end')
+    if not store.finished: raise BadInput(f'{path}: not finished: pack it to the end')
     def items(start):
         before = set()
         for i, (key, row) in enumerate(zip(store.keys.tolist(), store.rows)):
-            twin = 'another one has this name' if key in before else ''
+            twin, seen = 'another one has this name' if key in before else '', row.item()[5:]
             before.add(key)
-            if i >= start: yield Item(key, store[i], int(row['pid']), row['box'], row.item()[5:], twin)
+            if i >= start: yield Item(key, store[i], int(row['pid']), row['box'], seen, twin)
     return Source(store.digest, len(store), items)
 
-# %% ../nbs/02_lmdb.ipynb #39ce809c
+# %% ../nbs/02_lmdb.ipynb #9ed7300e
 def verify(
     store, # A `CropStore`, or what makes one
     progress:bool=False, # Show a progress bar?
@@ -599,11 +627,11 @@ def verify(
                 broken += [item.key.decode(errors='replace') for item, why in batch if why]
                 bar.update(len(batch))
         if broken or digest.hex() != part.digest:
-            what = f'{len(broken):,} crops broken, first {broken[0]}' if broken else 'another digest'
-            raise BadInput(f'{path}: {what}: copy the file again')
+            bad = f'{len(broken):,} crops broken, first {broken[0]}' if broken else 'another digest'
+            raise BadInput(f'{path}: {bad}: copy the file again')
     return len(store)
 
-# %% ../nbs/02_lmdb.ipynb #f3167a35
+# %% ../nbs/02_lmdb.ipynb #c57ebbbc
 def stats(
     store:CropStore, # The store
 )->dict: # Counts, sizes in pixels, and bytes of the JPEGs and of the file
@@ -618,7 +646,7 @@ def stats(
                 jpeg_bytes=int(store.rows['size'].sum()),
                 file_bytes=sum(os.path.getsize(p) for p in store.paths))
 
-# %% ../nbs/02_lmdb.ipynb #78acbeb3
+# %% ../nbs/02_lmdb.ipynb #e1b601fd
 def contact_sheet(
     store:CropStore, # The store
     n:int=64, # How many crops at most, drawn at random
@@ -627,9 +655,11 @@ def contact_sheet(
     seed:int=0, # Of the draw
 )->np.ndarray: # uint8[h,w,3] RGB; raises `BadInput` for an empty store
     "Some crops side by side, in the order of the store."
-    if not len(store): raise BadInput(f'{store.path}: no crops in it')
-    picked = np.sort(np.random.default_rng(seed).choice(len(store), min(n, len(store)), replace=False))
-    cells = [cv2.resize(decode(store[i]), size[::-1]) for i in picked]
+    r = np.random.default_rng(seed)
+    picked = np.sort(r.choice(len(store), min(n, len(store)), replace=False))
+    pictures = [rgb for i in picked if (rgb := decode(store[i])) is not None]
+    if not pictures: raise BadInput(f'{store.path}: no crops in it')
+    cells = [cv2.resize(rgb, size[::-1]) for rgb in pictures]
     cells += [np.full_like(cells[0], 255)]*(-len(cells) % columns)
     return np.vstack([np.hstack(cells[i:i+columns]) for i in range(0, len(cells), columns)])
 
@@ -642,21 +672,22 @@ def export(
     root = os.path.realpath(dest)
     for i, key in enumerate(tqdm(store.keys.tolist(), 'export', disable=not progress)):
         path = os.path.normpath(os.path.join(root, os.fsdecode(key) + '.jpg'))
-        if not path.startswith(root + os.sep): raise BadInput(f'{store.path}: key {key} leads out of {dest}')
+        if not path.startswith(root + os.sep):
+            raise BadInput(f'{store.path}: key {key} leads out of {dest}')
         if os.path.exists(path) and os.path.getsize(path) == store.rows['size'][i]: continue
         os.makedirs(os.path.dirname(path), exist_ok=True)
         Path(f'{path}.part').write_bytes(store[i])
         os.replace(f'{path}.part', path)
     return len(store)
 
-# %% ../nbs/02_lmdb.ipynb #9b611362
+# %% ../nbs/02_lmdb.ipynb #16ebc8ac
 _stats, _verify, _export = stats, verify, export  # the command's options have the same names
 
 @command
 def reid_pack(
     crops:str, # Folder of pictures; it may be gone when you only look at a finished store
     store:str, # File to make, or to go on with, such as crops.lmdb
-    dets:str=None, # Folder of detections: CROPS is a folder of videos, and nothing is written between
+    dets:str=None, # Folder of detections: CROPS is a folder of videos; no crops as files
     from_lmdb:bool=False, # CROPS is an LMDB of LUPerson, of LUPerson-NL or of the report
     merge:bool=False, # CROPS is a folder of stores to put into one
     verify:bool=False, # Decode every crop of the store and compare the digest
@@ -665,7 +696,9 @@ def reid_pack(
     export:str=None, # Folder to write every crop into, as files
 ):
     "Pack crops into one LMDB file, or look at one."
-    if bool(dets) + from_lmdb + merge > 1: raise BadInput('give one of --dets, --from_lmdb and --merge')
+    if bool(dets) + from_lmdb + merge > 1: raise BadInput('--dets, --from_lmdb, --merge: give one')
+    if sample and Path(sample).suffix.lower() not in IMAGES:
+        raise BadInput(f'{sample}: a contact sheet ends in {", ".join(sorted(IMAGES))}')
     look_only = (verify or stats or sample or export) and not Path(crops).exists()
     if look_only: packed = CropStore(store)
     else:
@@ -678,6 +711,5 @@ def reid_pack(
           f'digest {packed.digest[:16]}')
     if stats: print(json.dumps(_stats(packed), indent=1))
     if verify: print(f'{_verify(packed, progress=None):,} crops decoded, the digest is right')
-    if sample and not cv2.imwrite(sample, contact_sheet(packed)[..., ::-1]):
-        raise OSError(f'{sample}: cannot be written')
+    if sample: write_image(sample, contact_sheet(packed))
     if export: print(f'{_export(packed, export, progress=None):,} crops in {export}')

@@ -9,7 +9,7 @@ __all__ = ['SMALL', 'SEEN', 'UNSEEN', 'ENROLLED', 'QUESTIONS', 'STYLE', 'reid_qu
 
 # %% ../nbs/07b_quickstart.ipynb #6ec575d8
 import base64, functools, html, io, json, resource, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -68,8 +68,10 @@ class Steps:
 
 # %% ../nbs/07b_quickstart.ipynb #b4ae78e0
 class QuietHandler(SimpleHTTPRequestHandler):
-    "Serves files and keeps quiet about it."
+    "Serves files and keeps quiet about it, also when a client has seen enough and hangs up."
     def log_message(self, *args): pass
+    def handle(self):
+        with suppress(ConnectionError): super().handle()
 
 @contextmanager
 def serve(

@@ -391,7 +391,7 @@ def test_from_lmdb_and_merge_tell_each_other_apart(store, tmp_path, run):
     done = run('reid_pack', store.path, tmp_path/'a.lmdb', '--from-lmdb')
     assert done.returncode == 2 and 'use --merge' in done.stderr
     done = run('reid_pack', store.path, tmp_path/'a.lmdb', '--from-lmdb', '--merge')
-    assert done.returncode == 2 and 'give one of' in done.stderr
+    assert done.returncode == 2 and 'give one' in done.stderr
     done = run('reid_pack', tmp_path, tmp_path/'a.lmdb', '--merge')
     assert done.returncode == 2 and 'no store in this folder' in done.stderr
     write_luperson(tmp_path/'old', [store[0]], 'pids', True)
@@ -480,3 +480,27 @@ def test_a_killed_stream_goes_on(toy, tmp_path):
     assert 1000 < len(quiet(tmp_path/'half.lmdb')) < 1234
     again = pack(source(), tmp_path/'half.lmdb', shelf=64)
     assert again.digest == whole.digest and again.skipped == whole.skipped and verify(again)
+
+def test_a_copy_by_lmdb(store, tmp_path):
+    for name, compact in ('plain.lmdb', False), ('compact.lmdb', True):
+        with open(tmp_path/name, 'wb') as f, lmdb.open(store.path, subdir=False, readonly=True, lock=False) as env:
+            env.copyfd(f.fileno(), compact=compact)
+    assert verify(tmp_path/'plain.lmdb') == 2400
+    try: assert verify(tmp_path/'compact.lmdb') == 2400   # nothing was free, so nothing had to move; or it is refused
+    except BadInput as e: assert 'pages were moved' in str(e)
+
+@pytest.mark.parametrize('args,words', [
+    (('crops', 'a.lmdb', '--sample', 'sheet.xyz'), 'contact sheet ends in'),
+    (('two', 'a.lmdb', '--from-lmdb'), 'name one of'), (('crops', 'a.lmdb', '--from-lmdb'), 'no LMDB in it'),
+    (('crops', 'a.lmdb', '--dets', 'nowhere'), 'no such folder of detections'),
+    (('crops', 'a.lmdb', '--dets', 'crops'), 'no video in it'),
+    (('cut.lmdb', 'a.lmdb', '--from-lmdb'), 'end of the file')])
+def test_bad_options(crops, store, tmp_path, run, args, words):
+    write_luperson(tmp_path/'two', [store[0]], 'pids', True)
+    write_luperson(tmp_path/'two'/'more', [store[0]], 'pids', False)
+    shutil.move(tmp_path/'two'/'more'/'lmdb', tmp_path/'two'/'lmdb')
+    (tmp_path/'cut.lmdb').write_bytes(open(store.path, 'rb').read()[:1_000_000])
+    os.symlink(crops, tmp_path/'crops')
+    done = run('reid_pack', *args, cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path/'a.lmdb').exists()
