@@ -6,11 +6,11 @@
 __all__ = ['PATTERNS', 'Item', 'IMAGES', 'SCHEMA', 'TABLES', 'ROW', 'MAGIC', 'Shard', 'parse_key', 'Source', 'list_crops',
            'read_places', 'folder_source', 'decode', 'look', 'chain', 'State', 'make_shelf', 'open_env', 'write',
            'locate', 'open_tables', 'read_notes', 'check_places', 'read_shard', 'mean_std', 'find_shards', 'CropStore',
-           'in_threads', 'fill', 'pack', 'decode_batch', 'CropDataset', 'balance', 'group', 'PerGroup', 'video_source',
-           'find_lmdb', 'read_keys', 'lmdb_source', 'shard_source', 'verify', 'stats', 'contact_sheet', 'export',
-           'reid_pack']
+           'split_folders', 'in_threads', 'fill', 'pack', 'decode_batch', 'CropDataset', 'balance', 'group', 'PerGroup',
+           'video_source', 'find_lmdb', 'read_keys', 'lmdb_source', 'shard_source', 'verify', 'stats', 'contact_sheet',
+           'export', 'reid_pack']
 
-# %% ../nbs/02_lmdb.ipynb #4e0d7450
+# %% ../nbs/02_lmdb.ipynb #a55d06cd
 import hashlib, json, os, re, shutil, threading, warnings, zlib
 from array import array
 from collections import Counter, namedtuple
@@ -25,6 +25,7 @@ from typing import Callable
 import cv2
 import lmdb
 import numpy as np
+from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ from .dataset import (
     BadInput, command, cut_people, encode_jpeg, find_pairs, fingerprint, read_dets, safe_load)
 from .toy_city import write_image
 
-# %% ../nbs/02_lmdb.ipynb #08631165
+# %% ../nbs/02_lmdb.ipynb #99f7dcb7
 PATTERNS = [re.compile(p, re.ASCII) for p in (
     r'(?P<pid>\d{1,9})_(?P<frame>\d{1,9})_\d+',                   # reid_extract
     r'(?P<pid>\d{1,9})_c\d+s\d+_(?P<frame>\d{1,9})_\d+',          # Market-1501
@@ -51,7 +52,7 @@ def parse_key(
     city = said['city'].replace('_', '/') if 'city' in said else city
     return city, said.get('video', video), int(said.get('pid', -1)), int(said.get('frame', -1))
 
-# %% ../nbs/02_lmdb.ipynb #6afa2317
+# %% ../nbs/02_lmdb.ipynb #78a8fd85
 Item = namedtuple('Item', 'key data pid box seen why', defaults=(None, None, (-1,)*4, None, ''))
 Item.__doc__ = """A crop on its way into a store: `key` bytes; `data` its bytes, or a function that
 gives them; `pid`, and `box` x1,y1,x2,y2 in its frame, where they are known; what `look` has `seen`;
@@ -64,7 +65,7 @@ class Source:
     total:int      # How many items it has
     items:Callable # Function: number of the first item -> iterator of `Item`
 
-# %% ../nbs/02_lmdb.ipynb #aa662659
+# %% ../nbs/02_lmdb.ipynb #511bd420
 IMAGES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp'}
 
 def list_crops(
@@ -84,7 +85,7 @@ def list_crops(
     if not found: raise BadInput(f'{crops}: not one picture in it ({" ".join(sorted(IMAGES))})')
     return sorted(found)
 
-# %% ../nbs/02_lmdb.ipynb #f97b13b5
+# %% ../nbs/02_lmdb.ipynb #389a35f6
 @lru_cache(8)
 def read_places(
     folder:str, # Folder of a video's crops
@@ -114,7 +115,7 @@ def folder_source(
     digest = hashlib.sha256(b'\0'.join(key for key, _ in listed)).hexdigest()
     return Source(digest, len(listed), items)
 
-# %% ../nbs/02_lmdb.ipynb #1eeba0d2
+# %% ../nbs/02_lmdb.ipynb #444a4171
 def decode(
     jpeg:bytes, # A picture
 )->np.ndarray: # uint8[h,w,3] RGB, or None for a broken one
@@ -135,7 +136,7 @@ def look(
     jpeg = data if data[:2] == b'\xff\xd8' else encode_jpeg(rgb)
     return item._replace(data=jpeg, seen=(*rgb.shape[:2], mean, std))
 
-# %% ../nbs/02_lmdb.ipynb #6995b0ac
+# %% ../nbs/02_lmdb.ipynb #f55fc913
 SCHEMA = 2  # of the form in which a store is written
 TABLES = 'images', 'rows', 'keys', 'notes', 'facts'
 ROW = np.dtype([('size', '<u4'),                           # bytes of the JPEG
@@ -145,7 +146,7 @@ ROW = np.dtype([('size', '<u4'),                           # bytes of the JPEG
                 ('height', '<u2'), ('width', '<u2'),       # pixels
                 ('mean', '<f2', 3), ('std', '<f2', 3)])    # of RGB, from 0 to 1
 
-# %% ../nbs/02_lmdb.ipynb #6b550321
+# %% ../nbs/02_lmdb.ipynb #6e95b8fa
 def chain(
     digest:bytes, # So far; b'' at the start
     key:bytes, # Of the next picture
@@ -165,7 +166,7 @@ class State:
         names = (name for note in notes for name in note['folders'])
         self.folders = {name: i for i, name in enumerate(names)}
 
-# %% ../nbs/02_lmdb.ipynb #d5e08f07
+# %% ../nbs/02_lmdb.ipynb #9c3647fa
 def make_shelf(
     items:list, # The next `Item`s, looked at
     state:State, # It is moved forward
@@ -189,7 +190,7 @@ def make_shelf(
     tables = dict(rows=np.array(rows, ROW).tobytes(), keys=zlib.compress(b'\0'.join(keys)))
     return b''.join(pictures), tables, note
 
-# %% ../nbs/02_lmdb.ipynb #d0f2810c
+# %% ../nbs/02_lmdb.ipynb #f37452dd
 MAGIC = b'\xde\xc0\xef\xbe'  # Bytes 16 to 19 of an LMDB file
 
 def open_env(
@@ -209,7 +210,7 @@ def open_env(
         raise BadInput(f'{path}: the end of the file is missing: copy it again')
     return env
 
-# %% ../nbs/02_lmdb.ipynb #450f419f
+# %% ../nbs/02_lmdb.ipynb #cd9e42ec
 def write(
     env:lmdb.Environment, # Open for writing
     **tables, # {table: list of (key, value)}
@@ -225,7 +226,7 @@ def write(
             return
         except lmdb.MapFullError: env.set_mapsize(2*env.info()['map_size'])
 
-# %% ../nbs/02_lmdb.ipynb #a5502a1a
+# %% ../nbs/02_lmdb.ipynb #2c7cfae6
 def locate(
     path, # A file
     value:bytes, # Of a page or more; it was written lately
@@ -239,7 +240,7 @@ def locate(
             if os.pread(fd, 32, at) == head and os.pread(fd, len(value), at) == value: return at
     raise OSError(f'{path}: what was just written is not in the file')
 
-# %% ../nbs/02_lmdb.ipynb #f6643afe
+# %% ../nbs/02_lmdb.ipynb #a156dc25
 _opening = threading.Lock()  # a process may have an LMDB file open only once
 
 def open_tables(env, path):
@@ -247,6 +248,7 @@ def open_tables(env, path):
     try: return {name: env.open_db(name.encode(), create=False) for name in TABLES}
     except lmdb.Error: raise BadInput(f'{path}: no pictures packed by reid_pack in it') from None
 
+# %% ../nbs/02_lmdb.ipynb #bc72ccb6
 def read_notes(txn, tables):
     "Facts as a dict, and the notes of all shelves"
     facts = {k.decode(): json.loads(v) for k, v in txn.cursor(tables['facts'])}
@@ -263,6 +265,7 @@ def check_places(path, places, page):
     if numbers != [at//page for at in places]:
         raise BadInput(f'{path}: its pages were moved (compacted?): copy the original as it is')
 
+# %% ../nbs/02_lmdb.ipynb #9c5f07f2
 def read_shard(
     path, # A store that is one file
 )->Shard: # All of it but the pictures; raises `BadInput` for a file that is no store
@@ -290,7 +293,7 @@ def read_shard(
                  np.concatenate([np.zeros(0, np.int64), *begins]), keys,
                  list(state.folders), skipped, state.digest.hex(), 'finished' in facts)
 
-# %% ../nbs/02_lmdb.ipynb #898ac4a8
+# %% ../nbs/02_lmdb.ipynb #3d384421
 def mean_std(
     rows:np.ndarray, # ROW[n]
 )->tuple: # float32[3], float32[3]: RGB, from 0 to 1
@@ -300,7 +303,7 @@ def mean_std(
     square = (std**2 + mean**2).mean(0) - mean.mean(0)**2
     return np.float32(mean.mean(0)), np.float32(np.sqrt(square.clip(0)))
 
-# %% ../nbs/02_lmdb.ipynb #e850c731
+# %% ../nbs/02_lmdb.ipynb #3a301bfe
 def find_shards(
     path, # A store; a folder of stores, `*.lmdb`; or a list of stores
 )->list: # Their paths; raises `BadInput` where there is none
@@ -311,6 +314,7 @@ def find_shards(
     if not paths: raise BadInput(f'{path}: no store in this folder (*.lmdb)')
     return [os.path.realpath(p) for p in paths]
 
+# %% ../nbs/02_lmdb.ipynb #e690b179
 class CropStore:
     "Packed crops: `store[i]` is the i-th JPEG. It can be sent to other processes."
     def __init__(self,
@@ -348,26 +352,57 @@ class CropStore:
         shelves = [zlib.decompress(shelf) for shelf in self._keys]
         return np.array([key for shelf in shelves if shelf for key in shelf.split(b'\0')], bytes)
 
-    @property
-    def tracks(self):
-        "int[n], the same number for the same track of the same video; -1 where there is none"
-        ids = self.rows['folder'].astype(np.int64) << 32 | self.pids
-        ids = np.where(self.pids < 0, -1, ids)
-        return np.unique(ids, return_inverse=True)[1] - (ids < 0).any()
+# %% ../nbs/02_lmdb.ipynb #57f392fd
+def split_folders(store, part):
+    "str[n]: part 0 ('country/city') or 2 (the video) of where each crop comes from"
+    names = [name.rpartition('/')[part] for name in store._folders]
+    return np.array(names, str)[store.rows['folder']]
 
-    def _split(self, part):
-        names = [name.rpartition('/')[part] for name in self._folders]
-        return np.array(names, str)[self.rows['folder']]
+@patch(as_prop=True)
+def cities(self:CropStore):
+    "str[n], 'country/city'"
+    return split_folders(self, 0)
 
-    cities = property(lambda self: self._split(0), doc="str[n], 'country/city'")
-    videos = property(lambda self: self._split(2), doc='str[n]; each counts its pids anew')
-    pids = property(lambda self: self.rows['pid'], doc='int32[n], -1 where the name has none')
-    frames = property(lambda self: self.rows['frame'], doc='int32[n], -1 where it is not known')
-    boxes = property(lambda self: self.rows['box'], doc='int16[n,4], x1,y1,x2,y2, or -1s')
-    mean = property(lambda self: mean_std(self.rows)[0], doc='float32[3], RGB, from 0 to 1')
-    std = property(lambda self: mean_std(self.rows)[1], doc='float32[3], RGB, from 0 to 1')
+@patch(as_prop=True)
+def videos(self:CropStore):
+    "str[n]; each video counts its pids anew"
+    return split_folders(self, 2)
 
-# %% ../nbs/02_lmdb.ipynb #9ea1f0ea
+@patch(as_prop=True)
+def pids(self:CropStore):
+    "int32[n], -1 where the name has none"
+    return self.rows['pid']
+
+# %% ../nbs/02_lmdb.ipynb #be317b17
+@patch(as_prop=True)
+def tracks(self:CropStore):
+    "int[n], the same number for the same track of the same video; -1 where there is none"
+    ids = self.rows['folder'].astype(np.int64) << 32 | self.pids
+    ids = np.where(self.pids < 0, -1, ids)
+    return np.unique(ids, return_inverse=True)[1] - (ids < 0).any()
+
+@patch(as_prop=True)
+def frames(self:CropStore):
+    "int32[n], -1 where it is not known"
+    return self.rows['frame']
+
+@patch(as_prop=True)
+def boxes(self:CropStore):
+    "int16[n,4], x1,y1,x2,y2 in the frame, or -1s"
+    return self.rows['box']
+
+# %% ../nbs/02_lmdb.ipynb #12fd8248
+@patch(as_prop=True)
+def mean(self:CropStore):
+    "float32[3], RGB, from 0 to 1"
+    return mean_std(self.rows)[0]
+
+@patch(as_prop=True)
+def std(self:CropStore):
+    "float32[3], RGB, from 0 to 1"
+    return mean_std(self.rows)[1]
+
+# %% ../nbs/02_lmdb.ipynb #4144382c
 def in_threads(
     f:Callable, # Function of an item
     items, # Iterable
@@ -380,6 +415,7 @@ def in_threads(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while batch := sum(pool.map(lambda some: [f(x) for x in some], handfuls()), []): yield batch
 
+# %% ../nbs/02_lmdb.ipynb #7e53257e
 def fill(env, store, source, shelf, progress):
     "Go on with a store until all items are in it"
     begun = dict(schema=SCHEMA, items=source.total, source=source.digest)
@@ -408,7 +444,7 @@ def fill(env, store, source, shelf, progress):
     done = dict(count=state.count, digest=state.digest.hex(), mean=mean, std=std)
     write(env, facts=[(b'finished', json.dumps(done).encode())])
 
-# %% ../nbs/02_lmdb.ipynb #2078ce3b
+# %% ../nbs/02_lmdb.ipynb #e526d6e4
 def pack(
     crops, # Folder of pictures, or a `Source`
     store, # File to make, or to go on with
@@ -434,7 +470,7 @@ def pack(
     Path(f'{store}-lock').unlink(missing_ok=True)
     return CropStore(store)
 
-# %% ../nbs/02_lmdb.ipynb #65eb50e1
+# %% ../nbs/02_lmdb.ipynb #e2aa7f5a
 def decode_batch(
     jpegs:list, # Of bytes
     device='cpu', # Where to decode: a CUDA device uses its own JPEG decoder
@@ -454,7 +490,7 @@ def decode_batch(
     half = len(jpegs)//2
     return decode_batch(jpegs[:half], device) + decode_batch(jpegs[half:], device)
 
-# %% ../nbs/02_lmdb.ipynb #789b3960
+# %% ../nbs/02_lmdb.ipynb #af607cee
 class CropDataset:
     "The crops of a store as a PyTorch map-style dataset, for any number of workers."
     def __init__(self,
@@ -486,13 +522,13 @@ class CropDataset:
                 raise BadInput(f'{self.store.path}: {self.store.keys[at]} is broken')
         raise BadInput(f'{self.store.path}: not one crop that can be decoded')
 
-    @property
-    def broken(self):
-        "list of keys, of the crops found broken so far, by whichever worker"
-        found = self._broken.numpy()
-        return self.store.keys[self.idx[found]].tolist() if found.any() else []
+@patch(as_prop=True)
+def broken(self:CropDataset):
+    "list of keys, of the crops found broken so far, by whichever worker"
+    found = self._broken.numpy()
+    return self.store.keys[self.idx[found]].tolist() if found.any() else []
 
-# %% ../nbs/02_lmdb.ipynb #af808b42
+# %% ../nbs/02_lmdb.ipynb #ca17f6d5
 def balance(
     labels, # [n], such as `store.videos`
 )->np.ndarray: # float64[n], for `torch.utils.data.WeightedRandomSampler`
@@ -523,7 +559,7 @@ class PerGroup:
         drawn = [r.choice(g, self.n, replace=len(g) < self.n) for g in self.groups]
         return iter(r.permutation(np.concatenate(drawn)).tolist())
 
-# %% ../nbs/02_lmdb.ipynb #986388c4
+# %% ../nbs/02_lmdb.ipynb #8c6a19be
 def video_source(
     videos, # A video, or a folder of videos named `country+city+id`
     dets, # Folder of their detections
@@ -546,7 +582,7 @@ def video_source(
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return Source(digest, int(ends[-1]), items)
 
-# %% ../nbs/02_lmdb.ipynb #dbd8f7b0
+# %% ../nbs/02_lmdb.ipynb #22f535e8
 def find_lmdb(
     path, # An LMDB file, an LMDB folder (`data.mdb`), or the folder that holds one of them
 )->tuple: # Path of the LMDB file, of its keys.pkl or None; raises `BadInput` for none or several
@@ -561,6 +597,7 @@ def find_lmdb(
     if inside[0].name == 'data.mdb': beside.append(inside[0].parent.parent/'keys.pkl')
     return inside[0], next((pkl for pkl in beside if pkl.is_file()), None)
 
+# %% ../nbs/02_lmdb.ipynb #b28db5bc
 def read_keys(
     pkl, # A keys.pkl: a list of keys, or a dict with 'keys' and perhaps 'pids' or 'vids'
 )->list: # (key, pid or None); raises `BadInput` for anything else
@@ -575,7 +612,7 @@ def read_keys(
         raise BadInput(f'{pkl}: not a keys.pkl of LUPerson: {e!r}') from None
     return list(zip(keys, pids))
 
-# %% ../nbs/02_lmdb.ipynb #b0a55219
+# %% ../nbs/02_lmdb.ipynb #f4017ec7
 def lmdb_source(
     path, # As for `find_lmdb`
 )->Source: # Raises `BadInput` for what is no LMDB, or a store of ours
@@ -595,7 +632,7 @@ def lmdb_source(
     digest = hashlib.sha256(b'\0'.join(key for key, _ in keys)).hexdigest()
     return Source(digest, len(keys), items)
 
-# %% ../nbs/02_lmdb.ipynb #85e9d1ae
+# %% ../nbs/02_lmdb.ipynb #dbe19c0a
 def shard_source(
     path, # As for `find_shards`
 )->Source: # Raises `BadInput` for an unfinished store
@@ -610,7 +647,7 @@ def shard_source(
             if i >= start: yield Item(key, store[i], int(row['pid']), row['box'], seen, twin)
     return Source(store.digest, len(store), items)
 
-# %% ../nbs/02_lmdb.ipynb #9ed7300e
+# %% ../nbs/02_lmdb.ipynb #dad8aca5
 def verify(
     store, # A `CropStore`, or what makes one
     progress:bool=False, # Show a progress bar?
@@ -631,7 +668,7 @@ def verify(
             raise BadInput(f'{path}: {bad}: copy the file again')
     return len(store)
 
-# %% ../nbs/02_lmdb.ipynb #c57ebbbc
+# %% ../nbs/02_lmdb.ipynb #0cee7484
 def stats(
     store:CropStore, # The store
 )->dict: # Counts, sizes in pixels, and bytes of the JPEGs and of the file
@@ -646,7 +683,7 @@ def stats(
                 jpeg_bytes=int(store.rows['size'].sum()),
                 file_bytes=sum(os.path.getsize(p) for p in store.paths))
 
-# %% ../nbs/02_lmdb.ipynb #e1b601fd
+# %% ../nbs/02_lmdb.ipynb #da1cc9f3
 def contact_sheet(
     store:CropStore, # The store
     n:int=64, # How many crops at most, drawn at random
@@ -663,6 +700,7 @@ def contact_sheet(
     cells += [np.full_like(cells[0], 255)]*(-len(cells) % columns)
     return np.vstack([np.hstack(cells[i:i+columns]) for i in range(0, len(cells), columns)])
 
+# %% ../nbs/02_lmdb.ipynb #a83026c9
 def export(
     store:CropStore, # The store
     dest, # Folder to fill; a file that is there already, of the right size, is left
@@ -680,7 +718,7 @@ def export(
         os.replace(f'{path}.part', path)
     return len(store)
 
-# %% ../nbs/02_lmdb.ipynb #16ebc8ac
+# %% ../nbs/02_lmdb.ipynb #80367b2c
 _stats, _verify, _export = stats, verify, export  # the command's options have the same names
 
 @command

@@ -1,13 +1,17 @@
 "The benchmarks room: readers, protocols, exact ranking against torchreid and against a slow plain reference."
+import os
 import shutil
 
+import cv2
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from scipy.io import savemat
 
 from reid_nb.benchmarks import (
-    PROTOCOLS, Benchmark, Protocol, Sample, chance, color_histogram, distances, labels, rank, rank_rows,
-    read_benchmark, register, roc_points, score_counts)
+    PROTOCOLS, WORLD, Benchmark, Protocol, Sample, blocks, chance, color_histogram, cuhk03_split, distances, labels,
+    rank, rank_rows, read_benchmark, register, roc_points, score_counts)
 from reid_nb.dataset import BadInput
 
 def benchmark(qp, qc, gp, gc):
@@ -121,7 +125,7 @@ def test_what_is_missing_or_odd_is_said(toy, tmp_path):
 @pytest.mark.parametrize('name,root,words', [
     ('market_folder', 'nowhere', 'no such folder'), ('market_folder', 'videos', 'no bounding_box_train'),
     ('cuhk03_np_labeled', 'market', "no folder 'labeled'"), ('market_folder', 'cuhk03_np', 'several sets'),
-    ('market-1501', 'market', 'choose one of market1501, cuhk03_np_detected')])
+    ('market-1501', 'market', 'choose one of market1501')])
 def test_wrong_paths_and_names(toy, name, root, words):
     with pytest.raises(BadInput, match=words): read_benchmark(name, toy/root)
 
@@ -150,3 +154,148 @@ def test_cuhk03_p1_is_as_published(data):
     assert len({s.pid for s in bench.train}) == 743 and len({s.pid for s in bench.query}) == 100
     floor = rank(bench, color_histogram(bench.query), color_histogram(bench.gallery)).figures()
     assert chance(bench)['mAP'] < floor['mAP'] < .2
+
+PEOPLE = (5, 4, 3, 2, 2)   # of the five camera pairs
+
+def picture(boxes, pair, person, n):
+    "uint8[h,w,3] RGB, another one for each"
+    r = np.random.default_rng([boxes == 'labeled', pair, person, n])
+    return r.integers(0, 255, (20 + n, 10 + person, 3), np.uint8)
+
+def missing(pair, person, n): return (pair, person, n) in {(1, 2, 3), (2, 1, 9), (4, 1, 0)}
+
+def write_cuhk03(folder):
+    "A small cuhk-03.mat in the form of the real one: MATLAB 7.3, cells of references, arrays transposed"
+    folder.mkdir(parents=True, exist_ok=True)
+    with h5py.File(folder/'cuhk-03.mat', 'w') as f:
+        def cell(name, value):
+            "A dataset of its own, and the reference to it"
+            return f.create_dataset(f'#refs#/{name}', data=value).ref
+        for boxes in 'detected', 'labeled':
+            pairs = np.empty((1, 5), h5py.ref_dtype)
+            for pair, people in enumerate(PEOPLE, 1):
+                cells = np.empty((10, people), h5py.ref_dtype)
+                for person in range(1, people + 1):
+                    for n in range(10):
+                        empty = np.zeros(2, np.uint64)   # as MATLAB writes []
+                        rgb = empty if missing(pair, person, n) else picture(boxes, pair, person, n).T
+                        cells[n, person - 1] = cell(f'{boxes}{pair}_{person}_{n}', rgb)
+                pairs[0, pair - 1] = cell(f'{boxes}{pair}', cells)
+            f.create_dataset(boxes, data=pairs)
+        tests = np.empty((1, 20), h5py.ref_dtype)
+        for k in range(20): tests[0, k] = cell(f'test{k}', np.array([[1, k % 5 + 1], [2, k % 4 + 1], [4, 1]], float).T)
+        f.create_dataset('testsets', data=tests)
+    return folder
+
+def names_of(boxes):
+    return [(pair, person, n, f'{pair}_{person:03d}_{1 + n//5}_{n + 1:02d}.png')
+            for pair, people in enumerate(PEOPLE, 1) for person in range(1, people + 1) for n in range(10)
+            if not missing(pair, person, n)]
+
+@pytest.mark.parametrize('boxes', ['detected', 'labeled'])
+def test_cuhk03_classic(tmp_path, boxes):
+    root = write_cuhk03(tmp_path/'cuhk03_release').parent
+    bench = read_benchmark(f'cuhk03_classic_{boxes}', root)
+    assert len(list((tmp_path/'cuhk03_release'/'cuhk03_pictures'/boxes).iterdir())) == 157
+    for s in bench.query[::17] + bench.gallery[::7]:
+        pair, person, cam, n = map(int, s.path.stem.split('_'))
+        assert s.pid % WORLD == 1000*pair + person and s.camid == cam
+        assert (cv2.imread(str(s.path))[..., ::-1] == picture(boxes, pair, person, n - 1)).all()
+    assert {s.camid for s in bench.query} == {1} and {s.camid for s in bench.gallery} == {2}
+    worlds = [s.pid//WORLD for s in bench.gallery]
+    assert worlds == sorted(worlds) and set(worlds) == set(range(1, 21)) and len(bench.gallery) == 60
+    assert 'expected 14,09' in bench.notes[0] and bench.train == []
+    again = read_benchmark(f'cuhk03_classic_{boxes}', root)
+    assert again.gallery == bench.gallery and again.digest == bench.digest
+    # exactly one right answer among three: a blind model finds it in a third of the cases
+    assert chance(bench)['rank1'] == pytest.approx(1/3)
+    assert chance(bench)['mAP'] == pytest.approx((1 + 1/2 + 1/3)/3)
+    pids = labels(bench.query)[0], labels(bench.gallery)[0]
+    oracle = [np.eye(5000)[p % WORLD] for p in pids]
+    assert set(rank(bench, *oracle).figures().values()) == {1.}
+
+def test_classic_worlds_equal_single_splits(tmp_path):
+    "All splits at once, and the mean over splits worked out one by one"
+    root = write_cuhk03(tmp_path)
+    bench, r = read_benchmark('cuhk03_classic_labeled', root), np.random.default_rng(0)
+    feature = {p.name: r.normal(size=4) for p in (tmp_path/'cuhk03_pictures'/'labeled').iterdir()}
+    def of(samples): return np.array([feature[s.path.name] for s in samples])
+    scores, aps = rank(bench, of(bench.query), of(bench.gallery)), []
+    for k in range(1, 21):
+        query, gallery = ([s for s in part if s.pid//WORLD == k] for part in (bench.query, bench.gallery))
+        dist = distances(of(query), of(gallery))
+        for s, row in zip(query, dist):
+            better = sum(row < row[[g.pid for g in gallery].index(s.pid)])
+            aps.append(1/(1 + better))
+    np.testing.assert_allclose(scores.ap, aps, atol=1e-6)
+
+def test_one_classic_split_can_be_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr('reid_nb.benchmarks.PROTOCOLS', dict(PROTOCOLS))
+    root = write_cuhk03(tmp_path)
+    register(cuhk03_split('detected', 7))
+    bench = read_benchmark('cuhk03_classic_detected_split07', root)
+    tested = {s.pid % WORLD for s in bench.query}
+    assert tested == {1003, 2004, 4001} and not tested & {s.pid for s in bench.train}
+    assert len({s.pid for s in bench.train}) == sum(PEOPLE) - 3
+
+def test_cuhk03_np_from_the_mat_and_its_split_file(tmp_path):
+    root, names = write_cuhk03(tmp_path/'a'/'cuhk03_release').parent, names_of('labeled')
+    ids = {key: i for i, key in enumerate(sorted({n[:2] for n in names}), 1)}
+    pids = [ids[pair, person] for pair, person, *_ in names]
+    filelist = np.array([[name] for *_, name in names], object)
+    train = [i for i, pid in enumerate(pids, 1) if pid <= 8]
+    rest = [i for i, pid in enumerate(pids, 1) if pid > 8]
+    savemat(tmp_path/'a'/'cuhk03_new_protocol_config_labeled.mat',
+            dict(filelist=filelist, labels=np.array(pids)[:, None], train_idx=np.array(train)[:, None],
+                 query_idx=np.array(rest[::3])[:, None], gallery_idx=np.array(sorted({*rest} - {*rest[::3]}))[:, None]))
+    bench = read_benchmark('cuhk03_np_labeled', tmp_path/'a')
+    assert bench.sizes == (len(train), len(rest[::3]), len(rest) - len(rest[::3]))
+    assert all(names[train[k] - 1][3] == s.path.name and s.pid == pids[train[k] - 1] for k, s in enumerate(bench.train))
+    assert {s.camid for s in bench.query} == {1, 2} and bench.protocol.rule is PROTOCOLS['market1501'].rule
+    assert 'bounding_box_train: expected 7,368 pictures' in ' '.join(bench.notes) and root
+
+def test_a_killed_unpacking_is_begun_anew(tmp_path, monkeypatch):
+    import reid_nb.benchmarks as room
+    root, write, count = write_cuhk03(tmp_path), room.write_image, []
+    def dying(path, rgb):
+        count.append(path)
+        if len(count) == 200: raise KeyboardInterrupt
+        write(path, rgb)
+    monkeypatch.setattr(room, 'write_image', dying)
+    with pytest.raises(KeyboardInterrupt): read_benchmark('cuhk03_classic_labeled', root)
+    assert not (tmp_path/'cuhk03_pictures').exists()
+    monkeypatch.undo()
+    assert len(read_benchmark('cuhk03_classic_labeled', root).gallery) == 60
+    assert sorted(os.listdir(tmp_path)) == ['cuhk-03.mat', 'cuhk03_pictures']
+
+@pytest.mark.parametrize('content,words', [(b'', 'not a MATLAB 7.3 file'),
+                                           (b'MATLAB 5.0 MAT-file', 'not a MATLAB 7.3 file'),
+                                           (None, 'not the cuhk-03.mat that was published')])
+def test_another_mat(tmp_path, content, words):
+    if content is None:
+        with h5py.File(tmp_path/'cuhk-03.mat', 'w') as f: f['detected'] = np.zeros(3)
+    else: (tmp_path/'cuhk-03.mat').write_bytes(content)
+    with pytest.raises(BadInput, match=words): read_benchmark('cuhk03_classic_detected', tmp_path)
+
+def test_a_zip_is_to_be_unpacked(tmp_path):
+    (tmp_path/'Market-1501-v15.09.15.zip').write_bytes(b'PK')
+    with pytest.raises(BadInput, match='v15.09.15.zip: unpack it first'): read_benchmark('market1501', tmp_path)
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(1, 40), st.sampled_from(['f4', 'f8', 'i4']))
+def test_blocks_are_distances(q, g, d, size, kind):
+    r = np.random.default_rng(q*1000 + g*100 + d)
+    qf, gf = (np.round(r.normal(size=(n, d))*3).astype(kind) for n in (q, g))
+    np.testing.assert_allclose(np.concatenate(list(blocks(qf, gf, size))), distances(qf, gf), atol=1e-5)
+
+def test_ranking_takes_little_memory():
+    import tracemalloc
+    r = np.random.default_rng(0)
+    def crowd(n): return r.integers(1, 300, n), r.integers(1, 7, n)
+    bench = benchmark(*crowd(300), *crowd(12000))
+    qf, gf = (r.standard_normal((n, 1024), np.float32) for n in (300, 12000))   # the gallery takes 49 MB
+    tracemalloc.start()
+    rank(bench, qf, gf)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6
