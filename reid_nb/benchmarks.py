@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Sample', 'IMAGES', 'PARTS', 'PROTOCOLS', 'WORLD', 'ScoreCounts', 'parse_name', 'labels', 'read_part', 'Benchmark',
            'find_folder', 'digest_names', 'read_folder', 'same_camera', 'Protocol', 'register', 'read_benchmark',
-           'unpack_cuhk03', 'find_file', 'read_pictures', 'same_world', 'make_worlds', 'read_classic', 'cuhk03_split',
-           'read_np', 'match_ranks', 'Scores', 'rank_rows', 'normalize', 'distances', 'check_features', 'blocks',
-           'rank', 'chance', 'read_rgb', 'color_histogram', 'score_counts', 'roc_points']
+           'unpack_cuhk03', 'find_file', 'read_pictures', 'same_world', 'people_of', 'make_worlds', 'read_classic',
+           'cuhk03_split', 'read_np', 'match_ranks', 'Scores', 'rank_rows', 'normalize', 'distances', 'check_features',
+           'blocks', 'rank', 'chance', 'read_rgb', 'color_histogram', 'score_counts', 'roc_points']
 
 # %% ../nbs/03_benchmarks.ipynb #772ed28c
 import hashlib, json, os, re, shutil
@@ -197,12 +197,13 @@ def find_file(
     name:str, # Of a file in it, or at most two levels below
 )->Path: # None where there is none
     "Find a file."
-    return next((p for depth in ('.', '*', '*/*') for p in sorted(Path(root).glob(f'{depth}/{name}'))), None)
+    found = (p for depth in ('.', '*', '*/*') for p in sorted(Path(root).glob(f'{depth}/{name}')))
+    return next(found, None)
 
 def read_pictures(
     root, # Folder with cuhk-03.mat in it or below
     boxes:str, # 'detected' or 'labeled'
-)->tuple: # {name: `Sample`} with pid 1000*pair + person, tests as int[20][100][2], (name, bytes) list
+)->tuple: # {name: `Sample`} (pid 1000*pair + person), tests int[20][100][2], list of (name, bytes)
     "The pictures of CUHK03; raises `BadInput` where there are none."
     if not Path(root).is_dir(): raise BadInput(f'{root}: no such folder')
     mat = find_file(root, 'cuhk-03.mat')
@@ -226,6 +227,13 @@ def same_world(
     "The rule of the classic protocol of CUHK03: only the gallery of the same split counts."
     return pids//WORLD != query.pid//WORLD
 
+def people_of(
+    benchmark, # A `Benchmark` with a protocol
+    pids:np.ndarray, # int[n]
+)->np.ndarray: # int[n]
+    "Who is behind a pid: in the classic protocol a person has another one in each world."
+    return pids % WORLD if benchmark.protocol.rule is same_world else pids
+
 def make_worlds(
     samples:list, # Of `Sample`, from cameras 1 and 2
     tests:list, # For each world, the pids of its people
@@ -246,7 +254,7 @@ def make_worlds(
 def read_classic(
     root, # Folder with cuhk-03.mat in it or below
     boxes:str, # 'detected' or 'labeled'
-    split:int=None, # Number of one split, from 0; all of them, and no training part, where it is None
+    split:int=None, # Number of one split, from 0; None: all of them, and no training part
 )->Benchmark: # With no protocol yet; raises `BadInput` for a wrong path
     "CUHK03 under its first protocol (Li et al., CVPR 2014)."
     found, tests, sizes = read_pictures(root, boxes)
@@ -281,8 +289,8 @@ def read_np(
         said = loadmat(config)
         names = [str(cell[0]) for cell in said['filelist'].ravel()]
         pids = said['labels'].ravel().astype(int)
-        parts = [[found[names[i]]._replace(pid=int(pids[i])) for i in said[f'{part}_idx'].ravel().astype(int) - 1]
-                 for part in ('train', 'query', 'gallery')]
+        rows = [said[f'{part}_idx'].ravel().astype(int) - 1 for part in ('train', 'query', 'gallery')]
+        parts = [[found[names[i]]._replace(pid=int(pids[i])) for i in part] for part in rows]
     except (KeyError, IndexError, TypeError, ValueError, NotImplementedError) as e:
         raise BadInput(f'{config}: does not fit cuhk-03.mat: {e!r}') from None
     return Benchmark(*parts, digest_names(sizes), [], tuple(map(len, parts)))
@@ -341,7 +349,8 @@ def rank_rows(
         n = np.arange(1, len(ranks) + 1)
         if len(ranks): out[:,i] = ranks[0], (n/ranks).mean(), len(ranks)/ranks[-1]
     if np.isnan(out).all(): raise BadInput(f'{benchmark.protocol.name}: no query has an answer')
-    return Scores(benchmark.protocol.name, labels(benchmark.query)[0], *out)
+    people = people_of(benchmark, labels(benchmark.query)[0])
+    return Scores(benchmark.protocol.name, people, *out)
 
 # %% ../nbs/03_benchmarks.ipynb #d30e25a4
 def normalize(
@@ -375,9 +384,9 @@ def blocks(
     qf, # float[q,d]
     gf, # float[g,d]
     size:int=1<<21, # Distances in memory at a time
-): # Yields float32[at most size/g, g], cosine distances of some queries, in order
+): # Yields float32[at most size/g or 64, g], cosine distances of some queries, in order
     "Cosine distances, some rows at a time; float32 features are not copied."
-    gf, step = np.asarray(gf, np.float32), max(1, size//len(gf))
+    gf, step = np.asarray(gf, np.float32), max(64, size//len(gf))   # fewer would starve the product
     length = np.sqrt(np.einsum('ij,ij->i', gf, gf)).clip(1e-12)
     for i in range(0, len(qf), step):
         block = normalize(qf[i:i+step]) @ gf.T
@@ -448,7 +457,8 @@ def score_counts(
     "Histograms of the similarities of genuine and impostor pairs, for each identity searched for."
     check_features(benchmark, qf, gf)
     pids, camids = labels(benchmark.gallery)
-    who, at = np.unique(labels(benchmark.query)[0], return_inverse=True)
+    people = people_of(benchmark, labels(benchmark.query)[0])
+    who, at = np.unique(people, return_inverse=True)
     counts = np.zeros((2, len(who), bins), np.int64)
     rows = (row for block in blocks(qf, gf) for row in block)
     for query, k, row in zip(benchmark.query, at, rows):

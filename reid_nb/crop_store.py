@@ -588,8 +588,8 @@ def find_lmdb(
 )->tuple: # Path of the LMDB file, of its keys.pkl or None; raises `BadInput` for none or several
     "An LMDB and its list of keys."
     path = Path(path)
-    inside = [found for name in ('*.mdb', '*/data.mdb', '*.lmdb') for found in sorted(path.glob(name))
-              if found.is_file() and found.name != 'lock.mdb']
+    inside = [p for name in ('*.mdb', '*/data.mdb', '*.lmdb') for p in sorted(path.glob(name))
+              if p.is_file() and p.name != 'lock.mdb']
     if path.is_file(): inside = [path]
     if not inside: raise BadInput(f'{path}: no LMDB in it (data.mdb, *.lmdb)')
     if len(inside) > 1: raise BadInput(f'{path}: name one of {", ".join(map(str, inside))}')

@@ -18,7 +18,7 @@ from collections import Counter, namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -407,10 +407,12 @@ Person = namedtuple('Person', 'track box conf')  # int, float32[4] x1,y1,x2,y2 i
 PEOPLE = set('person people pedestrian human man woman child'.split())
 PEOPLE |= {'fall', 'normal'}  # of detectors that look for people who have fallen
 
+@lru_cache(1)   # loaded once, however many clips follow
 def yolo_boxes(
     weights:str, # An Ultralytics model, by path or by a name such as `yolo11n.pt` (downloaded)
 ): # Function: RGB frame -> float32[n,6]: x1,y1,x2,y2, confidence, class; `BadInput` for bad weights
     "A detector of people. A `.pt` file is a pickle: take it from nobody but its makers."
+    if os.sep in weights and not os.path.isfile(weights): raise BadInput(f'{weights}: no such file')
     os.environ.setdefault('YOLO_AUTOINSTALL', 'False')
     os.environ.setdefault('YOLO_VERBOSE', 'False')
     from ultralytics import YOLO

@@ -1,14 +1,22 @@
-"The evaluation room: intervals, thresholds, open-set search, the result file, its command, and bad input."
+"The evaluation room: intervals, thresholds, open-set search, options, drift, the result file, its command, bad input."
 import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 
-from reid_nb.benchmarks import color_histogram, labels, read_benchmark, read_rgb, score_counts
+from reid_nb.benchmarks import (
+    PROTOCOLS, Benchmark, Protocol, Sample, color_histogram, distances, labels, rank, read_benchmark, read_rgb,
+    score_counts)
 from reid_nb.dataset import BadInput
 from reid_nb.evaluate import (
-    auc_eer, bootstrap, evaluate, open_set, operating_points, pair_figures, plot_roc, plot_scores, rank_lists, rates,
-    read_features, split_people, summarize, threshold_at, write_features)
+    auc_eer, average_queries, bootstrap, camera_matrix, check_rerank, compare, draw_people, drift, embedding_map,
+    evaluate, expand_queries, features_of, identification_rate, open_set, operating_points, pair_figures, plot_rates,
+    plot_roc, plot_scores, rank_lists, rank_with, rates, read_features, rerank_distances, some_of_each, split_people,
+    summarize, threshold_at, write_features)
 
 FIGURES = {'mAP', 'rank1', 'rank5', 'rank10', 'mINP'}
 
@@ -78,15 +86,18 @@ def test_a_threshold_keeps_its_promise(colors):
         k = np.searchsorted(counts.edges, threshold_at(counts.impostor.sum(0), counts.edges, target))
         assert fmr[k] <= target < fmr[k-1]
 
+def known_law(people=200, crops=3, noise=1., seed=0):
+    "A benchmark of two cameras, and features: a vector of each person plus noise"
+    r = np.random.default_rng(seed)
+    who = r.normal(size=(people + 1, 24))
+    def part(cam, n):
+        return [Sample(SimpleNamespace(name=''), p, cam) for p in range(1, people + 1) for _ in range(n)]
+    bench = Benchmark([], part(1, 2), part(2, crops), '', [], (), PROTOCOLS['market_folder'])
+    return bench, *(np.array([who[s.pid] + noise*r.normal(size=24) for s in x]) for x in (bench.query, bench.gallery))
+
 def test_a_threshold_holds_on_other_people():
     "Features of a known law: the false match rate on the other half is near the target"
-    from types import SimpleNamespace
-    from reid_nb.benchmarks import PROTOCOLS, Benchmark, Sample
-    r = np.random.default_rng(0)
-    who = r.normal(size=(201, 24))
-    def part(cam, n): return [Sample(SimpleNamespace(name=''), p, cam) for p in range(1, 201) for _ in range(n)]
-    bench = Benchmark([], part(1, 2), part(2, 3), '', [], (), PROTOCOLS['market_folder'])
-    qf, gf = (np.array([who[s.pid] + r.normal(size=24) for s in x]) for x in (bench.query, bench.gallery))
+    bench, qf, gf = known_law()
     points = operating_points(bench, qf, gf)
     assert list(points) == ['0.01', '0.001']  # 60,000 pairs are too few for 0.0001
     for target, p in points.items():
@@ -177,13 +188,216 @@ def test_a_checkpoint(toy, tmp_path, run):
     ckpt = finetune(toy/'market', out=tmp_path/'ft', epochs=1, size=(64, 32), labels=.5)
     here = evaluate(ckpt, toy/'market')
     evaluate(ckpt, toy, 'cuhk03_np_labeled')
-    kept = json.loads((tmp_path/'ft'/'reid.thresholds.json').read_text())
+    path = tmp_path/'ft'/'reid.thresholds.json'
+    kept = json.loads(path.read_text())
+    assert kept.pop('scores') == {k: here['scores'][k] for k in ('edges', 'impostor')}
     assert kept == {k: here[k] for k in ('protocol', 'data_digest', 'checkpoint_digest', 'seed', 'thresholds')}
+    the_mirror(toy, ckpt, path)
+    old_and_moved_thresholds(toy, ckpt, path, kept, here)
     done = run('reid_evaluate', ckpt, '--data', toy/'market', '--embed_only', tmp_path/'f.npz')
     assert done.returncode == 0, done.stderr
     there = evaluate(data=toy/'market', features=tmp_path/'f.npz')
     for name in FIGURES:
         assert there['figures'][name]['value'] == pytest.approx(here['figures'][name]['value'], abs=1e-6)
+
+def the_mirror(toy, ckpt, path):
+    "The option flip averages with mirror images, is named, and leaves the thresholds as they were"
+    from reid_nb.finetune import embed, load_model
+    before, bench = path.read_bytes(), read_benchmark('market_folder', toy/'market')
+    few, (model, meta) = replace(bench, query=bench.query[:3], gallery=bench.gallery[:2]), load_model(ckpt)
+    rgb = [read_rgb(s.path) for s in few.query]
+    both = embed(model, meta, rgb), embed(model, meta, [np.ascontiguousarray(x[:, ::-1]) for x in rgb])
+    def raw(x): return np.float64(x)/np.linalg.norm(x, axis=1, keepdims=True)
+    flipped = features_of(few, ckpt, flip=True)[0]
+    assert (flipped*raw(sum(both))).sum(1).min() > .999 and not np.allclose(flipped, both[0], atol=1e-4)
+    result = evaluate(ckpt, toy/'market', flip=True, against=ckpt)
+    assert result['options'] == {'flip': True} and path.read_bytes() == before
+    assert all(f == dict(value=0, low=0, high=0) for f in result['comparison']['figures'].values())
+
+def old_and_moved_thresholds(toy, ckpt, path, kept, here):
+    "A thresholds file without old scores serves as ever; one with quite other scores warns, but not at home"
+    from reid_nb.biometrics import load_matcher
+    moved = dict(edges=[-1.5, -1.2, -1.1, -1], impostor=[5, 5, 5])
+    for scores, words in ({}, None), (dict(scores=moved), 'stability index'):
+        path.write_text(json.dumps(kept | scores))
+        assert load_matcher(ckpt).thresholds == here['thresholds']
+        assert words is None or words in evaluate(ckpt, toy, 'cuhk03_np_labeled')['drift']
+        if words is None: assert 'drift' not in evaluate(ckpt, toy, 'cuhk03_np_labeled')
+        assert evaluate(ckpt, toy/'market') == here and json.loads(path.read_text()) == kept | scores
+
+def random_benchmark(seed, people=6, cameras=3, q=15, g=40, d=8):
+    "Queries and gallery of random people in random cameras, pid 0 in the gallery too, and their features"
+    r = np.random.default_rng(seed)
+    def part(n, low): return [Sample(Path('x'), int(p), int(c)) for p, c in zip(r.integers(low, people, n),
+                                                                                r.integers(1, cameras + 1, n))]
+    bench = Benchmark([], part(q, 1), part(g, 0), '', [], (), PROTOCOLS['market_folder'])
+    return bench, r.normal(size=(q, d)), r.normal(size=(g, d))
+
+def unit(x): return x/np.linalg.norm(x)
+
+many = settings(max_examples=25, deadline=None, derandomize=True)
+
+@many
+@given(seed=st.integers(0, 10**6), people=st.integers(2, 6), cameras=st.integers(1, 3))
+def test_several_queries_by_hand(seed, people, cameras):
+    bench, qf, _ = random_benchmark(seed, people, cameras)
+    for one, got in zip(bench.query, average_queries(bench, qf)):
+        group = [unit(f) for s, f in zip(bench.query, qf) if (s.pid, s.camid) == (one.pid, one.camid)]
+        assert np.allclose(got, unit(sum(group)), atol=1e-5)
+
+@many
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 60))
+def test_expansion_by_hand(seed, k):
+    "The k best that the rule does not ignore; fewer where there are no more"
+    bench, qf, gf = random_benchmark(seed)
+    for q, f, got in zip(bench.query, qf, expand_queries(bench, qf, gf, k)):
+        allowed = [unit(x) for s, x in zip(bench.gallery, gf) if (s.pid, s.camid) != (q.pid, q.camid)]
+        best = sorted(allowed, key=lambda x: -x @ unit(f))[:k]
+        assert np.allclose(got, unit(unit(f) + sum(best)), atol=1e-4)
+
+def test_expansion_looks_at_no_labels_but_the_rules():
+    "With a rule that ignores nothing, other labels change nothing"
+    bench, qf, gf = random_benchmark(0)
+    bench = replace(bench, protocol=Protocol('open', None, lambda q, pids, camids: pids < -1))
+    other = replace(bench, gallery=[s._replace(pid=s.pid + 7) for s in bench.gallery])
+    assert (expand_queries(bench, qf, gf, 5) == expand_queries(other, qf, gf, 5)).all()
+    assert (rerank_distances(bench, qf, gf) == rerank_distances(other, qf, gf)).all()
+
+def slow_rerank(qf, gf, k1=20, k2=6, weight=.3):
+    "k-reciprocal re-ranking as the paper has it, with sets"
+    x = np.array([*map(unit, qf), *map(unit, gf)])
+    d = ((x[:, None] - x)**2).sum(-1)
+    d = d/d.max(1, keepdims=True)
+    order = np.argsort(d, 1)
+    def near(i, k): return {*order[i, :k+1].tolist()}
+    def mutual(i, k): return {j for j in near(i, k) if i in near(j, k)}
+    V = np.zeros_like(d)
+    for i in range(len(x)):
+        core = mutual(i, k1)
+        wide = core.union(*(m for j in core if len((m := mutual(j, round(k1/2))) & core) > 2/3*len(m)))
+        for j in wide: V[i, j] = np.exp(-d[i, j])
+        V[i] /= V[i].sum()
+    V = np.array([V[order[i, :k2]].mean(0) for i in range(len(x))])
+    jaccard = 1 - np.array([[np.minimum(a, b).sum()/np.maximum(a, b).sum() for b in V] for a in V])
+    return ((1 - weight)*jaccard + weight*d)[:len(qf), len(qf):]
+
+@settings(many, max_examples=8)
+@given(seed=st.integers(0, 10**6))
+def test_reranking_by_hand(seed):
+    bench, qf, gf = random_benchmark(seed)
+    assert np.allclose(rerank_distances(bench, qf, gf), slow_rerank(qf, gf), atol=1e-4)
+
+def test_reranking_is_torchreids(colors):
+    from torchreid.reid.metrics.rank import evaluate_rank
+    from torchreid.reid.utils.rerank import re_ranking
+    bench, qf, gf, _ = colors
+    def euclid(a, b): return np.sqrt(2*distances(a, b).clip(0))
+    theirs = re_ranking(euclid(qf, gf), euclid(qf, qf), euclid(gf, gf))
+    assert (rerank_distances(bench, qf, gf) == theirs).all()
+    (qp, qc), (gp, gc) = labels(bench.query), labels(bench.gallery)
+    cmc, mAP = evaluate_rank(theirs, qp, gp, qc, gc, use_cython=False)
+    ours = rank_with(bench, qf, gf, dict(rerank=True)).figures()
+    assert ours['mAP'] == pytest.approx(mAP, abs=1e-6) and ours['rank1'] == pytest.approx(cmc[0], abs=1e-6)
+    assert ours['mAP'] > rank(bench, qf, gf).figures()['mAP']
+
+def test_reranking_says_no(colors):
+    "Too many pictures, features that are all one, and queries with galleries of their own"
+    bench, qf, gf, _ = colors
+    with pytest.raises(BadInput, match='are the limit'): check_rerank(replace(bench, gallery=bench.gallery*60))
+    with pytest.raises(BadInput, match='the same'): rerank_distances(bench, 0*qf + 1, 0*gf + 1)
+    apart = Protocol('apart', None, lambda q, pids, camids: pids//10 != q.pid//10)
+    with pytest.raises(BadInput, match='one gallery for all'): check_rerank(replace(bench, protocol=apart))
+
+def test_comparison(colors):
+    "Nothing but zeros with itself; for others a mean of differences, on the same draws"
+    bench, qf, gf, _ = colors
+    a, b = rank(bench, qf, gf), rank(bench, qf[:, :216], gf[:, :216])
+    assert all(f == dict(value=0, low=0, high=0) for f in compare(a, a).values())
+    got, people = compare(a, b, seed=2, times=50), np.unique(a.pids[a.valid])
+    def mean(scores, w):
+        ap, pids = scores.ap[scores.valid], scores.pids[scores.valid]
+        return np.mean(np.concatenate([np.repeat(ap[pids == p], n) for p, n in zip(people, w)]))
+    drawn = [mean(a, w) - mean(b, w) for w in draw_people(len(people), 50, 2)]
+    assert np.allclose([got['mAP']['low'], got['mAP']['high']], np.percentile(drawn, [2.5, 97.5]))
+    assert got['mAP']['value'] == pytest.approx(a.figures()['mAP'] - b.figures()['mAP'])
+    for other in replace(b, pids=b.pids[::-1]), replace(b, protocol='x'), replace(b, ap=b.ap*np.nan):
+        with pytest.raises(BadInput, match='the same queries'): compare(a, other)
+
+def test_options_are_named(toy, colors, tmp_path, run):
+    bench, qf, gf, path = colors
+    write_features(tmp_path/'half.npz', bench, qf[:, :216], gf[:, :216])
+    args = '--data', toy/'market', '--features', path, '--against', tmp_path/'half.npz', '--out', tmp_path/'out.json'
+    done = run('reid_evaluate', *args, '--rerank', '--expand', 2, '--multi_query')
+    assert done.returncode == 0, done.stderr
+    result, plain = json.loads((tmp_path/'out.json').read_text()), evaluate(data=toy/'market', features=path)
+    assert result['options'] == dict(rerank=True, expand=2, multi_query=True)
+    assert 'options: rerank, expand 2, multi_query' in done.stdout and 'more than half.npz' in done.stdout
+    assert 'note: multi_query: no person has several' in done.stdout and 'note: expand, rerank: for CMC' in done.stdout
+    scores = [rank_with(bench, f, g, result['options']) for f, g in ((qf, gf), (qf[:, :216], gf[:, :216]))]
+    assert result['figures']['mAP']['value'] == pytest.approx(scores[0].figures()['mAP'])
+    assert result['comparison']['source'] == 'half.npz' and len(result['comparison']['checkpoint_digest']) == 64
+    assert result['comparison']['figures'] == compare(*scores)
+    for a, b in zip(result['thresholds'].values(), plain['thresholds'].values(), strict=True):
+        assert a['threshold'] == pytest.approx(b['threshold'], abs=1e-3)
+    assert not {'options', 'comparison', 'drift'} & plain.keys() and plain['notes'] == bench.notes
+
+@pytest.mark.parametrize('options,words', [
+    (dict(flip=True), 'flip goes with a checkpoint'), (dict(expand=-1), 'expand -1'),
+    (dict(against='none.npz'), 'none.npz: no such file'), (dict(embed_only='o.npz', expand=1), 'only writes features')])
+def test_options_that_cannot_be(toy, colors, options, words):
+    with pytest.raises(BadInput, match=words): evaluate(data=toy/'market', features=colors[3], **options)
+
+def test_a_bad_option_is_one_line(toy, colors, tmp_path, run):
+    args = '--data', toy/'market', '--features', colors[3]
+    refused(run, tmp_path, 'flip goes with a checkpoint', *args, '--flip')
+
+def test_no_result_without_a_protocol(colors):
+    bench, qf, gf, _ = colors
+    for protocol in None, Protocol('', None):
+        with pytest.raises(BadInput, match='name of its protocol'): summarize(replace(bench, protocol=protocol), qf, gf)
+
+@many
+@given(pids=st.lists(st.integers(0, 5), min_size=1, max_size=30), crops=st.integers(1, 6))
+def test_some_pictures_of_each(pids, crops):
+    pids = np.array(pids)
+    for k in crops, None:
+        kept = pids[some_of_each(pids, k, np.random.default_rng(0))]
+        assert all((kept == p).sum() == min(k or 99, (pids == p).sum()) for p in pids)
+
+def test_more_people_and_more_pictures():
+    "Harder with each person, easier with each picture; with half of all people it is open-set search at one rate"
+    law = known_law(people=80, crops=6, noise=1.2)
+    people = [identification_rate(*law, people=n, repeats=10)['value'] for n in (5, 15, 40)]
+    crops = [identification_rate(*law, crops=n, repeats=10)['value'] for n in (1, 2, None)]
+    assert people[0] > people[1] > people[2] == crops[2] > crops[1] > crops[0]
+    assert people[2] == pytest.approx(1 - open_set(*law, repeats=10)['fnir'][20])
+    with pytest.raises(BadInput, match='41 people cannot'): identification_rate(*law, people=41)
+
+def test_drift_by_hand():
+    "Ten bins of equal share; all new scores in the first two of them"
+    known = dict(scores=dict(edges=np.linspace(0, 1, 11).tolist(), impostor=[10]*10))
+    index = 2*.4*np.log(5) + 8*(1e-4 - .1)*np.log(1e-4/.1)
+    assert f'index {index:.2f},' in drift(known, [.05, .15]) and drift(known, [.05, .15], [7, 7])
+    assert drift(known, np.linspace(.05, .95, 10)) == drift({}, [.5]) == drift(known, []) == ''
+
+def test_drift_is_not_seen_in_more_of_the_same():
+    "Other people of the same law raise no alarm, a shift by a standard deviation does"
+    r, fine = np.random.default_rng(0), np.linspace(-1, 1, 513)
+    old = np.histogram(r.normal(.3, .1, 100_000), fine)[0]
+    known = dict(scores=dict(edges=fine.tolist(), impostor=old.tolist()))
+    assert not any(drift(known, r.normal(.3, .1, 500)) for _ in range(50))
+    assert all(drift(known, r.normal(m, .1, 500)) for m in (.2, .4)) and drift(known, r.normal(.3, .03, 500))
+
+def test_camera_by_camera(colors):
+    bench, qf, gf, _ = colors
+    table, d = camera_matrix(bench, qf, gf), distances(qf, gf)
+    (qp, qc), (gp, gc) = labels(bench.query), labels(bench.gallery)
+    for i, a in enumerate(table['query']):
+        for j, b in enumerate(table['gallery']):
+            at = np.flatnonzero(gc == b)
+            best = [gp[at[d[k, at].argmin()]] == qp[k] for k in np.flatnonzero(qc == a) if qp[k] in gp[at]]
+            assert np.isnan(table['rank1'][i, j]) if a == b else table['rank1'][i, j] == pytest.approx(np.mean(best))
+    assert (np.isnan(table['mAP']) == np.eye(len(table['query']), dtype=bool)).all()
 
 def test_figures_are_drawn(colors):
     import matplotlib
@@ -192,6 +406,9 @@ def test_figures_are_drawn(colors):
     result = summarize(bench, qf, gf)
     assert len(plot_roc({'a': result, 'b': result}).axes) == 2 and len(plot_roc(result).axes) == 2
     assert len(plot_scores(result).axes) == 2 and len(rank_lists(bench, qf, gf, [0, 3], k=4).axes) == 10
+    rate = dict(value=.5, low=.4, high=.6)
+    assert len(plot_rates({'people': {3: rate, 6: rate}, 'pictures': {1: rate, None: rate}}).axes) == 2
+    assert len(embedding_map(bench, qf, gf, people=3).axes[0].collections) == 3
 
 @pytest.mark.long
 def test_a_peer_on_cuhk03_p1(data, tmp_path, run):
@@ -221,3 +438,20 @@ def test_colours_on_cuhk03_p1(data, tmp_path, run):
     write_features(tmp_path/'c.npz', bench, color_histogram(bench.query), color_histogram(bench.gallery))
     done = run('reid_evaluate', '--data', data/'cuhk03_p1', '--protocol', 'cuhk03_p1', '--features', tmp_path/'c.npz')
     assert done.returncode == 0 and '200 queries of 100 people, 938 gallery' in done.stdout, done.stderr
+
+def test_classic_cuhk03_counts_people_once(tmp_path):
+    "A person of several splits is one person for intervals and for the halves of the thresholds"
+    from reid_nb.benchmarks import PROTOCOLS, Benchmark, Sample, make_worlds, score_counts
+    samples = [Sample(tmp_path/f'{pid}_{cam}_{n}.png', pid, cam)
+               for pid in range(1, 9) for cam in (1, 2) for n in (0, 1)]
+    r = np.random.default_rng(0)
+    query, gallery = make_worlds(samples, [r.permutation(np.arange(1, 9))[:5].tolist() for _ in range(20)])
+    bench = Benchmark([], query, gallery, 'x', [], (), PROTOCOLS['cuhk03_classic_labeled'])
+    qf, gf = r.normal(size=(len(query), 8)), r.normal(size=(len(gallery), 8))
+    assert set(score_counts(bench, qf, gf).pids) == set(range(1, 9))
+    for (q, g), (q2, g2) in [split_people(bench, 0)]:
+        one = {s.pid % 10000 for s, x in zip(query, q) if x} | {s.pid % 10000 for s, x in zip(gallery, g) if x}
+        two = {s.pid % 10000 for s, x in zip(query, q2) if x} | {s.pid % 10000 for s, x in zip(gallery, g2) if x}
+        assert not one & two and len(one | two) == 8
+    result = summarize(bench, qf, gf)
+    assert result['identities'] == 8 and result['protocol'] == 'cuhk03_classic_labeled'

@@ -4,7 +4,8 @@
 
 3,368 queries, 19,732 gallery pictures (750 people, 6 cameras, distractors), random features of 2,048 numbers.
 torchreid's ranking in Python is run once (it takes a minute or two); its Cython one takes part where it has been
-built. With --grow the gallery is made up to ten times as large and the seconds are drawn into growth.png.
+built. With --grow the gallery gets up to ten times as large, with as many more people, and the seconds are drawn into
+growth.png.
 """
 import argparse
 import os
@@ -27,7 +28,8 @@ with warnings.catch_warnings():
 def make(queries=3368, gallery=19732, dim=2048, seed=0):
     "A benchmark of nobody's pictures, and features for it"
     r = np.random.default_rng(seed)
-    def crowd(n, lowest): return [Sample('', *x) for x in r.integers((lowest, 1), (751, 7), (n, 2)).tolist()]
+    people = 750*gallery//19732
+    def crowd(n, lowest): return [Sample('', *x) for x in r.integers((lowest, 1), (people + 1, 7), (n, 2)).tolist()]
     bench = Benchmark([], crowd(queries, 1), crowd(gallery, 0), '', [], (), PROTOCOLS['market1501'])
     return bench, *(r.standard_normal((n, dim), np.float32) for n in (queries, gallery))
 
