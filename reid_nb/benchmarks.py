@@ -7,10 +7,10 @@ __all__ = ['Sample', 'IMAGES', 'PARTS', 'PROTOCOLS', 'WORLD', 'ScoreCounts', 'pa
            'find_folder', 'digest_names', 'read_folder', 'same_camera', 'Protocol', 'register', 'read_benchmark',
            'unpack_cuhk03', 'find_file', 'read_pictures', 'same_world', 'people_of', 'make_worlds', 'read_classic',
            'cuhk03_split', 'read_np', 'match_ranks', 'Scores', 'rank_rows', 'normalize', 'distances', 'check_features',
-           'blocks', 'rank', 'chance', 'read_rgb', 'color_histogram', 'score_counts', 'roc_points']
+           'multiplier', 'blocks', 'rank', 'chance', 'read_rgb', 'color_histogram', 'score_counts', 'roc_points']
 
 # %% ../nbs/03_benchmarks.ipynb #772ed28c
-import hashlib, json, os, re, shutil
+import hashlib, json, os, re, shutil, sys
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from functools import partial
@@ -74,6 +74,7 @@ class Benchmark:
     notes:list   # What is missing or odd, one line each
     sizes:tuple  # Pictures found in the three folders, junk included
     protocol:object=None # A `Protocol`, see below: what it is called and what does not count
+    more:tuple=()        # For multi-query: more pictures of the same people in the same cameras
 
 # %% ../nbs/03_benchmarks.ipynb #a659ae47
 PARTS = 'bounding_box_train', 'query', 'bounding_box_test'
@@ -114,7 +115,9 @@ def read_folder(
     notes, digest = sum(notes, []), digest_names(sum(sizes, []))
     both = {s.pid for s in parts[0]} & {s.pid for s in parts[1]}
     if both: notes.append(f'{len(both)} identities are both in bounding_box_train and in query')
-    return Benchmark(*parts, digest, notes, tuple(map(len, sizes)))
+    asked = {s[1:] for s in parts[1]}
+    more = tuple(s for s in read_part(folder/'gt_bbox')[0] if s[1:] in asked)
+    return Benchmark(*parts, digest, notes, tuple(map(len, sizes)), more=more)
 
 # %% ../nbs/03_benchmarks.ipynb #8db0095c
 def same_camera(
@@ -380,6 +383,15 @@ def check_features(benchmark, qf, gf):
     (_, a), (_, b) = np.shape(qf), np.shape(gf)
     if a != b: raise BadInput(f'features of {a} numbers for the query, of {b} for the gallery')
 
+def multiplier(
+    gf:np.ndarray, # float32[g,d]
+)->Callable: # Function: float32[n,d] -> float32[n,g], its product with `gf` transposed
+    "Multiply on the GPU where PyTorch is loaded and finds one, else with NumPy."
+    torch = sys.modules.get('torch')
+    if not (torch and torch.cuda.is_available()): return lambda x: x @ gf.T
+    there = torch.from_numpy(gf).cuda()
+    return lambda x: (torch.from_numpy(x).cuda() @ there.T).cpu().numpy()
+
 def blocks(
     qf, # float[q,d]
     gf, # float[g,d]
@@ -387,9 +399,9 @@ def blocks(
 ): # Yields float32[at most size/g or 64, g], cosine distances of some queries, in order
     "Cosine distances, some rows at a time; float32 features are not copied."
     gf, step = np.asarray(gf, np.float32), max(64, size//len(gf))   # fewer would starve the product
-    length = np.sqrt(np.einsum('ij,ij->i', gf, gf)).clip(1e-12)
+    length, multiply = np.sqrt(np.einsum('ij,ij->i', gf, gf)).clip(1e-12), multiplier(gf)
     for i in range(0, len(qf), step):
-        block = normalize(qf[i:i+step]) @ gf.T
+        block = multiply(normalize(qf[i:i+step]))
         block /= -length
         block += 1
         yield block

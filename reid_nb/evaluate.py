@@ -411,7 +411,8 @@ def summarize(
     scores = rank_with(benchmark, qf, gf, options)
     if options.get('multi_query'):
         before, qf = normalize(qf), average_queries(benchmark, qf)
-        if np.allclose(qf, before, atol=1e-5): notes.append(NO_GROUPS)
+        if benchmark.more: notes.append(f'multi_query: {len(benchmark.more):,} more pictures to ask with')
+        elif np.allclose(qf, before, atol=1e-5): notes.append(NO_GROUPS)
     if ways := [k for k in ('expand', 'rerank') if options.get(k)]:
         notes.append(f'{", ".join(ways)}: for CMC, mAP and mINP only; {PLAIN}')
     counts = score_counts(benchmark, qf, gf)
@@ -516,7 +517,7 @@ def evaluate(
     flip:bool=False, # Average embeddings with those of the mirror images
     rerank:bool=False, # Re-rank by k-reciprocal neighbours
     expand:int=0, # Add so many best answers to each query
-    multi_query:bool=False, # Average the queries of a person in a camera
+    multi_query:bool=False, # Average all queries, and `gt_bbox`, of a person in a camera
     against=None, # Compare with this: another checkpoint, or an npz of features
 )->dict: # The result; {} with `embed_only`; raises `BadInput` before anything is written
     "Score a checkpoint, or features made elsewhere, under a protocol."
@@ -529,8 +530,13 @@ def evaluate(
         raise BadInput(f'{data}: no pictures in query or in bounding_box_test: nothing to evaluate')
     ready = [f for f in (features, against) if f and (f == features or Path(f).suffix == '.npz')]
     check_options(benchmark, options, ready, embed_only, against)
+    asked = [*benchmark.query, *benchmark.more] if multi_query else benchmark.query
+    everything = replace(benchmark, query=asked)
     def load(f):
-        return read_features(f, benchmark) if f in ready else features_of(benchmark, f, flip)
+        if f in ready: qf, gf = read_features(f, everything)
+        else: qf, gf = features_of(everything, f, flip)
+        if multi_query: qf = average_queries(everything, qf)
+        return qf[:len(benchmark.query)], gf
     qf, gf = load(source)
     if embed_only:
         write_features(embed_only, benchmark, qf, gf)
@@ -677,7 +683,7 @@ def reid_evaluate(
     flip:bool=False, # Average embeddings with those of the mirror images
     rerank:bool=False, # Re-rank by k-reciprocal neighbours (k1 20, k2 6, lambda 0.3)
     expand:int=0, # Add so many best answers to each query
-    multi_query:bool=False, # Average the queries of a person in a camera
+    multi_query:bool=False, # Average all queries, and `gt_bbox`, of a person in a camera
     against:str=None, # Compare with this: another checkpoint, or an npz of features
 ):
     "Score a checkpoint, or features made elsewhere, under a protocol."

@@ -74,8 +74,9 @@ def test_equal_to_torchreid(search):
     np.testing.assert_allclose(got.cmc, cmc, atol=1e-6)
     assert abs(got.figures()['mAP'] - mAP) < 1e-6
 
-def test_perfect_features_score_one_and_random_ones_chance(toy):
-    bench = read_benchmark('cuhk03_np_labeled', toy)
+@pytest.mark.parametrize('name', 'cuhk03_np_labeled cuhk03_np_detected market_folder market1501 cuhk03_p1'.split())
+def test_perfect_features_score_one_and_random_ones_chance(toy, name):
+    bench = read_benchmark(name, toy if 'np' in name else toy/'market')
     oracle = [np.eye(1 + max(s.pid for s in bench.gallery))[labels(p)[0]] for p in (bench.query, bench.gallery)]
     assert set(rank(bench, *oracle).figures().values()) == {1.}
     r = np.random.default_rng(0)
@@ -299,3 +300,10 @@ def test_ranking_takes_little_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40e6
+
+def test_the_gpu_gives_the_same(toy):
+    torch = pytest.importorskip('torch')
+    if not torch.cuda.is_available(): pytest.skip('no CUDA device: the product on one is not tried')
+    r = np.random.default_rng(0)
+    qf, gf = r.standard_normal((70, 256), np.float32), r.standard_normal((900, 256), np.float32)
+    np.testing.assert_allclose(np.concatenate(list(blocks(qf, gf, 5000))), distances(qf, gf), atol=1e-5)

@@ -1,5 +1,6 @@
 "The evaluation room: intervals, thresholds, open-set search, options, drift, the result file, its command, bad input."
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -455,3 +456,24 @@ def test_classic_cuhk03_counts_people_once(tmp_path):
         assert not one & two and len(one | two) == 8
     result = summarize(bench, qf, gf)
     assert result['identities'] == 8 and result['protocol'] == 'cuhk03_classic_labeled'
+
+def test_multi_query_takes_gt_bbox(toy, tmp_path):
+    root = tmp_path/'market'
+    shutil.copytree(toy/'market', root)
+    asked = {p.name[:7] for p in (root/'query').iterdir()}
+    (root/'gt_bbox').mkdir()
+    for p in (root/'bounding_box_test').iterdir():
+        if p.name[:7] in asked or p.name.startswith('-1'): shutil.copy(p, root/'gt_bbox')
+    bench = read_benchmark('market_folder', root)
+    assert bench.more and {s.path.name[:7] for s in bench.more} <= asked
+    assert bench.digest == read_benchmark('market_folder', toy/'market').digest
+    qf, gf, mf = (color_histogram(part) for part in (bench.query, bench.gallery, bench.more))
+    write_features(tmp_path/'f.npz', replace(bench, query=[*bench.query, *bench.more]), np.concatenate([qf, mf]), gf)
+    result = evaluate(data=root, features=tmp_path/'f.npz', multi_query=True)
+    mean = [np.mean([f for t, f in zip([*bench.query, *bench.more], [*qf, *mf]) if t[1:] == s[1:]], 0)
+            for s in bench.query]
+    want = rank(bench, np.array(mean), gf).figures()
+    for k, v in want.items(): assert result['figures'][k]['value'] == pytest.approx(v, abs=1e-6)
+    assert any(f'{len(bench.more):,} more pictures' in note for note in result['notes'])
+    plain = evaluate(data=root, features=tmp_path/'f.npz')['figures']
+    assert plain['mAP']['value'] != pytest.approx(want['mAP'])
