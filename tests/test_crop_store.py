@@ -504,3 +504,12 @@ def test_bad_options(crops, store, tmp_path, run, args, words):
     done = run('reid_pack', *args, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path/'a.lmdb').exists()
+
+def test_two_packers_at_once(crops, store, tmp_path):
+    path = tmp_path/'a.lmdb'
+    child = multiprocessing.get_context('fork').Process(target=pack, args=(crops, path, 5))
+    child.start()
+    while not path.exists(): time.sleep(.001)
+    with pytest.raises(BadInput, match='another reid_pack is at it'): pack(crops, path)
+    child.join()
+    assert child.exitcode == 0 and CropStore(path).digest == store.digest and os.listdir(tmp_path) == ['a.lmdb']
