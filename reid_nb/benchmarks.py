@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Sample', 'IMAGES', 'PARTS', 'PROTOCOLS', 'WORLD', 'ScoreCounts', 'parse_name', 'labels', 'read_part', 'Benchmark',
            'find_folder', 'digest_names', 'read_folder', 'same_camera', 'Protocol', 'register', 'read_benchmark',
-           'unpack_cuhk03', 'find_file', 'read_pictures', 'same_world', 'people_of', 'make_worlds', 'read_classic',
-           'cuhk03_split', 'read_np', 'match_ranks', 'Scores', 'rank_rows', 'normalize', 'distances', 'check_features',
-           'multiplier', 'blocks', 'rank', 'chance', 'read_rgb', 'color_histogram', 'score_counts', 'roc_points']
+           'hold_out', 'unpack_cuhk03', 'find_file', 'read_pictures', 'same_world', 'people_of', 'make_worlds',
+           'read_classic', 'cuhk03_split', 'read_np', 'match_ranks', 'Scores', 'rank_rows', 'normalize', 'distances',
+           'check_features', 'multiplier', 'blocks', 'rank', 'chance', 'read_rgb', 'color_histogram', 'score_counts',
+           'roc_points']
 
 # %% ../nbs/03_benchmarks.ipynb #772ed28c
 import hashlib, json, os, re, shutil, sys
@@ -164,6 +165,25 @@ def read_benchmark(
     notes = [f'{part}: expected {want:,} pictures, found {got:,}'
              for part, want, got in zip(PARTS, protocol.size or (), bench.sizes) if want != got]
     return replace(bench, protocol=protocol, notes=bench.notes + notes)
+
+# %% ../nbs/03_benchmarks.ipynb #y-1440713900185525139
+def hold_out(
+    benchmark:Benchmark, # Only its training part is used
+    people:int=100, # How many at most; never more than half
+    seed:int=0, # Of the choice
+)->tuple: # The other people's pictures, and a `Benchmark` of those held out; raises `BadInput`
+    "People of the training part to validate on; query and gallery of the test stay unseen."
+    r, cameras = np.random.default_rng(seed), {}
+    for s in benchmark.train: cameras.setdefault(s.pid, set()).add(s.camid)
+    able = sorted(pid for pid, seen in cameras.items() if len(seen) > 1)
+    if len(able) < 2: raise BadInput('no two people of the training part are in several cameras')
+    held = set(r.permutation(able)[:min(people, len(able)//2)].tolist())
+    rest, gallery = ([s for s in benchmark.train if (s.pid in held) == k] for k in (False, True))
+    mixed = [gallery[i] for i in r.permutation(len(gallery))]
+    query = sorted({(s.pid, s.camid): s for s in mixed}.values())
+    sizes = len(rest), len(query), len(gallery)
+    return rest, replace(benchmark, train=rest, query=query, gallery=gallery, notes=[], sizes=sizes,
+                         protocol=PROTOCOLS['market_folder'], more=())
 
 # %% ../nbs/03_benchmarks.ipynb #53d74474
 def unpack_cuhk03(

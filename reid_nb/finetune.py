@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREFIXES', 'RECIPES', 'STATS', 'ReidModel', 'read_weights', 'Transfer', 'match_weights', 'transfer_weights', 'Recipe',
-           'seeded', 'pk_batches', 'read_image', 'alter', 'TrainImages', 'take_labels', 'TrainData', 'Trainer',
-           'finetune', 'load_model', 'embed', 'reid_finetune']
+           'seeded', 'pk_batches', 'alter', 'TrainImages', 'take_labels', 'TrainData', 'Trainer', 'finetune',
+           'load_model', 'embed', 'reid_finetune']
 
 # %% ../nbs/05_finetune.ipynb #667b2959
 import hashlib, os, random, sys, warnings
@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .benchmarks import read_benchmark, read_rgb
+from .benchmarks import read_benchmark
 from .dataset import BadInput, command
-from .moco import (Session, autocast, build_backbone, choose, crop_batches,
-                          load_checkpoint, outcome, parse_size, pick_device, random_box, to_input)
+from .moco import build_backbone, embed_with, read_image
+from .sessions import Session, load_checkpoint, outcome
 from .toy_city import rng_of
+from .views import (autocast, choose, crop_batches, parse_size, pick_device, random_box,
+                           to_input)
 
 with warnings.catch_warnings():  # it tells that its compiled ranking is missing: ours needs none
     warnings.simplefilter('ignore')
@@ -215,16 +217,6 @@ def pk_batches(
         epoch += 1
 
 # %% ../nbs/05_finetune.ipynb #e34b2b95
-def read_image(
-    image, # Path, or uint8[H,W,3] in RGB
-    size, # Height and width in pixels
-): # uint8[h,w,3], RGB; raises `BadInput` for a file that is no image
-    "One image at the size of the network's input."
-    if not isinstance(image, np.ndarray): image = read_rgb(image)
-    h,w = size
-    how = cv2.INTER_AREA if image.shape[0]>h else cv2.INTER_LINEAR
-    return cv2.resize(image, (w,h), interpolation=how)
-
 def alter(
     img, # uint8[h,w,3]
     rng, # `np.random.Generator`
@@ -237,7 +229,9 @@ def alter(
     p = round(recipe.pad*h/256)
     y,x = rng.integers(2*p+1, size=2)
     img = cv2.copyMakeBorder(img, p, p, p, p, cv2.BORDER_CONSTANT, value=fill)[y:y+h,x:x+w].copy()
-    if rng.random()<recipe.erase: img[random_box((h,w), rng, (.02,.4), (.3,3.3))] = fill
+    if rng.random()<recipe.erase and (box := random_box((h,w), rng, (.02,.4), (.3,3.3))):
+        y,x,h,w = box
+        img[y:y+h,x:x+w] = fill
     return img
 
 # %% ../nbs/05_finetune.ipynb #0010dd55
@@ -346,6 +340,7 @@ def finetune(
     save_every:float=120, # Seconds between checkpoints
     device:str=None, # See `pick_device`
     workers:int=None, # Loader processes; None: none on a CPU, where the training needs the cores
+    steps:int=None, # Stop this session after so many steps; the same call goes on
 )->Path: # `out/reid.safetensors`; raises `BadInput` for what can't be trained on
     "Supervised training on a folder of labelled crops, by a recipe."
     rec,(mean,std) = RECIPES[choose(RECIPES, recipe, 'recipe')],STATS[choose(STATS, stats, 'stats')]
@@ -363,7 +358,7 @@ def finetune(
     digest = hashlib.sha256(Path(init).read_bytes()).hexdigest() if init else None
     about = dict(arch=arch, size=size, mean=mean, std=std, digest=bench.digest)
     settings = dict(about, recipe=asdict(rec), labels=labels, seed=seed, init=digest)
-    session = Session(out, 'reid', settings, minutes, save_every)
+    session = Session(out, 'reid', settings, minutes, steps, save_every)
     if session.finished: return session.result
 
     torch.manual_seed(seed)
@@ -395,7 +390,6 @@ def load_model(
     model.load_state_dict(tensors)
     return model.to(memory_format=torch.channels_last).eval(),meta
 
-@torch.no_grad()
 def embed(
     model:ReidModel, # From `load_model`
     meta:dict, # From `load_model`: size and statistics of the input
@@ -404,13 +398,10 @@ def embed(
     flip:bool=False, # Average with the mirror image
 ): # float32[n,dim], each row of length 1
     "Embeddings of images."
-    device,out = next(model.parameters()).device,[np.zeros((0,model.dim), np.float32)]
-    for i in range(0, len(images), batch):
-        x = np.stack([read_image(im, meta['size']) for im in images[i:i+batch]])
-        x = to_input(x, meta['mean'], meta['std'], device)
-        f = model.embed(x) + (model.embed(x.flip(3)) if flip else 0)
-        out.append(F.normalize(f, dim=1).cpu().numpy())
-    return np.concatenate(out)
+    def both(x): return model.embed(x) + (model.embed(x.flip(3)) if flip else 0)
+    if not len(images): return np.zeros((0,model.dim), np.float32)
+    about = {k: meta[k] for k in ('size','mean','std')}
+    return embed_with(both, images, **about, device=next(model.parameters()).device, batch=batch)
 
 # %% ../nbs/05_finetune.ipynb #8de54ff2
 @command
@@ -428,8 +419,9 @@ def reid_finetune(
     batch:int=None, # Images a step; default the recipe's
     stats:str='imagenet', # imagenet or luperson: the input statistics of a published --init
     save_every:float=120, # Seconds between checkpoints
+    steps:int=None, # Stop this session after so many steps; the same command goes on
 ):
     "Fine-tune on labelled crops by a recipe; stops and goes on at any time."
     path = finetune(data, recipe, init, out, arch, epochs, minutes, labels, seed, size, batch,
-                    stats, save_every)
+                    stats, save_every, steps=steps)
     print(outcome(path))

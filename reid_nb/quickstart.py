@@ -22,7 +22,8 @@ from .crop_store import CropStore, contact_sheet, pack
 from .dataset import BadInput, command, download, extract
 from .evaluate import evaluate, plot_roc, write_features
 from .finetune import finetune
-from .moco import load_checkpoint, plot_history, pretrain
+from .moco import pretrain
+from .sessions import load_checkpoint, plot_history
 from .toy_city import atomic_write, build_toy, write_image
 
 # %% ../nbs/07b_quickstart.ipynb #01b3cab6

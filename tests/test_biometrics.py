@@ -336,7 +336,7 @@ def ckpt(tmp_path_factory):
     "A network that has learned nothing, with thresholds beside it."
     from reid_nb.dataset import sha256
     from reid_nb.finetune import ReidModel
-    from reid_nb.moco import save_checkpoint
+    from reid_nb.sessions import save_checkpoint
     path = tmp_path_factory.mktemp('ckpt')/'reid.safetensors'
     meta = dict(kind='reid', arch='resnet10', size=[64, 32], mean=[.5]*3, std=[.25]*3, digest='', classes=0)
     meta |= dict(neck=True, feature='before')

@@ -1,0 +1,75 @@
+"""MoCo on real crops without a label, on a CPU: does it beat an untrained network, and a colour histogram?
+
+    python tests/benchmarks/real.py DATA OUT [--epochs 40] [--minutes 60] [--seed 0]
+
+DATA holds `cuhk03_p1` and `real_city`. A hundred people of cuhk03_p1's training part are set aside to validate on
+(query and gallery of its test stay unseen); the other people's crops, under names that tell only the camera, and those
+of real_city become one store. The validation is the mAP of the pooled feature, by the rule of Market-1501: what the
+same camera shows of the same person does not count. Start it again with the same command, and it goes on.
+"""
+import argparse
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from reid_nb.benchmarks import color_histogram, hold_out, rank, read_benchmark
+from reid_nb.crop_store import CropStore, pack
+from reid_nb.dataset import extract
+from reid_nb.moco import build_backbone, pretrain, validator
+from reid_nb.sessions import load_checkpoint
+
+def make_store(data, out, rest):
+    "real_city's crops, and those of `rest` under numbers, a folder a camera"
+    if (out/'crops.lmdb').exists() and CropStore(out/'crops.lmdb').finished: return
+    extract(data/'real_city'/'videos', data/'real_city'/'dets', out/'crops')
+    for number, k in enumerate(np.random.default_rng(0).permutation(len(rest))):
+        to = out/'crops'/'cuhk03'/'p1'/f'camera{rest[k].camid}'/f'{number:07d}.jpg'
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(rest[k].path, to)
+    pack(out/'crops', out/'crops.lmdb')
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('data', type=Path)
+    p.add_argument('out', type=Path)
+    p.add_argument('--arch', default='resnet10_ibn')
+    p.add_argument('--size', default='64x32')
+    p.add_argument('--epochs', type=int, default=40)
+    p.add_argument('--validate_every', type=int, default=4)
+    p.add_argument('--minutes', type=float)
+    p.add_argument('--negatives', default='video')
+    p.add_argument('--queue', type=int, default=2)
+    p.add_argument('--seed', type=int, default=0)
+    args = p.parse_args()
+    bench = read_benchmark('cuhk03_p1', args.data/'cuhk03_p1')
+    rest, held = hold_out(bench)
+    make_store(args.data, args.out, rest)
+    store, size = CropStore(args.out/'crops.lmdb'), tuple(map(int, args.size.split('x')))
+    validate = validator(args.data/'cuhk03_p1', size, store.mean.tolist(), store.std.tolist())
+    floor = rank(held, color_histogram(held.query), color_histogram(held.gallery)).figures()
+    torch.manual_seed(args.seed)
+    untrained = validate(build_backbone(args.arch).eval())
+    ckpt = pretrain(store.path, args.out/f'{args.arch}_{args.negatives}_{args.seed}', args.arch, args.epochs,
+                    args.minutes, size=size, augment='street', optimizer='adamw', lr=.004, m=.99, queue=args.queue,
+                    negatives=args.negatives, seed=args.seed, validate=validate, validate_every=args.validate_every)
+    curve = [h for h in load_checkpoint(ckpt)[1]['history'] if 'val_mAP' in h]
+    print(f'{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, '
+          f'torch {torch.__version__}; {len(store):,} crops, {args.arch} at {args.size}, seed {args.seed}')
+    print(f'colour histogram      mAP {floor["mAP"]:.3f}, rank-1 {floor["rank1"]:.3f}')
+    print(f'untrained             mAP {untrained["val_mAP"]:.3f}, rank-1 {untrained["val_rank1"]:.3f}')
+    for h in curve: print(f'MoCo at step {h["step"]:>8,} mAP {h["val_mAP"]:.3f}, rank-1 {h["val_rank1"]:.3f}')
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(5, 3), layout='constrained')
+    ax.plot([h['step'] for h in curve], [h['val_mAP'] for h in curve], 'o-', label='MoCo')
+    for name, v in {'colour histogram': floor['mAP'], 'untrained': untrained['val_mAP']}.items():
+        ax.axhline(v, ls=':', c='grey'); ax.annotate(name, (0, v), fontsize=8, va='bottom')
+    ax.set(xlabel='step', ylabel='mAP, 100 people held out of cuhk03_p1', ylim=0)
+    fig.savefig(ckpt.parent/'curve.png', dpi=90)
+
+if __name__ == '__main__': main()

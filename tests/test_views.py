@@ -1,0 +1,71 @@
+"The views room: dice against torchvision's, three ways to carry them out, pairs of crops and of tracks."
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torchvision import transforms as T
+
+from reid_nb.dataset import BadInput
+from reid_nb.toy_city import rng_of
+from reid_nb.views import (AUGMENTS, Augment, View, autocast, crop_batches, middle_box, random_box, render,
+                           render_batch, render_exact, to_canvas, to_input)
+
+def test_every_crop_once_an_epoch():
+    steps = list(crop_batches(20, 4, 0, 10, seed=3))
+    for epoch in (0,1):
+        got = [p for b in steps[5*epoch:5*epoch+5] for p in b]
+        assert {e for e,_ in got}=={epoch} and sorted(i for _,i in got)==list(range(20))
+
+@pytest.mark.parametrize('how', AUGMENTS)
+def test_views_of_odd_crops(how):
+    aug = Augment((64,32), **AUGMENTS[how])
+    for shape in ((1,1,3), (200,3,3), (3,200,3), (500,200,3)):
+        img = np.full(shape, 99, np.uint8)
+        for i in range(20): assert render(img, aug.draw(shape[:2], rng_of(i)), (64,32)).shape==(64,32,3)
+
+@pytest.mark.parametrize('hw', [(128,64), (40,100), (50,50)])
+def test_boxes_are_drawn_as_torchvision_draws_them(hw):
+    "Means and spreads of place and size over 4,000 draws agree within four standard errors."
+    scale, ratio, img = (.2, 1), (3/4, 4/3), torch.zeros(3, *hw)
+    torch.manual_seed(0)
+    theirs = np.array([T.RandomResizedCrop.get_params(img, scale, ratio) for _ in range(4000)])
+    rng = rng_of('boxes')
+    ours = np.array([random_box(hw, rng, scale, ratio) or middle_box(hw, ratio) for _ in range(4000)])
+    error = np.hypot(ours.std(0), theirs.std(0))/4000**.5
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) < 4*error).all()
+    assert np.allclose(ours.std(0), theirs.std(0), rtol=.08, atol=.3)
+
+def test_the_fallback_is_torchvisions():
+    for hw in ((300,20), (20,300), (64,64)):
+        torch.manual_seed(0)
+        got = T.RandomResizedCrop.get_params(torch.zeros(3, *hw), (1,1), (3/4,4/3))
+        assert middle_box(hw, (3/4,4/3))==got
+
+@pytest.mark.parametrize('name,odds', [('gray',.2), ('sigma',.5), ('flip',.5), ('erase',.5), ('jitter',0)])
+def test_odds(name, odds):
+    aug, rng = Augment((64,32), **AUGMENTS['luperson']), rng_of('odds')
+    hits = np.mean([bool(getattr(aug.draw((100,50), rng), name)) for _ in range(4000)])
+    assert abs(hits - odds)<.035
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 200), st.integers(1, 200), st.sampled_from(sorted(AUGMENTS)))
+def test_three_ways_agree(seed, h, w, how):
+    "The same dice on a smooth picture: OpenCV, a batch of tensors and torchvision; hue apart, see the lesson."
+    y, x = np.mgrid[:h,:w]
+    img = np.stack([(40+150*y/h), (200-120*x/w), 90+60*np.sin(y/9)], 2).astype(np.uint8)
+    view = Augment((64,32), **AUGMENTS[how]).draw((h,w), rng_of(seed))
+    if view.jitter: view = view._replace(jitter=(*view.jitter[:3], 0))
+    fast, exact = [f(img, view, (64,32)).astype(int) for f in (render, render_exact)]
+    batch = render_batch(to_canvas([torch.zeros(3,7,9).byte(), torch.from_numpy(img).permute(2,0,1)]),
+                         [View((0,0,7,9)), view], (64,32))[1].numpy()
+    assert np.abs(fast - batch).mean()<1.5 and np.abs(fast - exact).mean()<6
+
+def test_unknown_precision():
+    with pytest.raises(BadInput, match='choose one of fp32, bf16, fp16'): autocast(torch.device('cpu'), 'int8')
+
+def test_input_of_a_slice_is_that_of_a_copy():
+    x = torch.randint(0, 255, (4,2,8,6,3), dtype=torch.uint8)
+    a, b = to_input(x[:,1], (.3,.4,.5), (.2,.2,.3)), to_input(x[:,1].clone(), (.3,.4,.5), (.2,.2,.3))
+    want = (x[:,1].permute(0,3,1,2)/255 - torch.tensor([.3,.4,.5]).view(3,1,1))/torch.tensor([.2,.2,.3]).view(3,1,1)
+    assert torch.equal(a, b) and torch.allclose(a, want, atol=1e-5)
+    assert a.is_contiguous(memory_format=torch.channels_last)
