@@ -115,7 +115,7 @@ def learn(steps, plan, seed):
     d = steps.dest
     moco = steps('moco', 'MoCo learns from the crops, without labels', lambda: str(pretrain(
         d/'crops.lmdb', d/'moco', arch=plan.arch, epochs=plan.pretrain_epochs, size=plan.size, batch=plan.batch,
-        lr=.004, optimizer='adamw', m=.99, queue=8, augment='person', cities=['alba/porto'], seed=seed).relative_to(d)))
+        lr=.004, optimizer='adamw', m=.99, augment='person', cities=['alba/porto'], seed=seed).relative_to(d)))
     def tune(kind, k): return str(finetune(
         d/'toy'/'market', 'bot', init=d/moco if kind == 'moco' else None, out=d/f'{kind}_{k}', arch=plan.arch,
         epochs=plan.finetune_epochs, size=plan.size, seed=seed+k).relative_to(d))

@@ -6,7 +6,7 @@
 __all__ = ['save_checkpoint', 'load_checkpoint', 'dice_state', 'set_dice', 'to_tensors', 'from_tensors', 'team', 'Session',
            'catch_signals', 'latest', 'outcome', 'plot_history', 'Live']
 
-# %% ../nbs/03c_sessions.ipynb #9022b13a
+# %% ../nbs/03c_sessions.ipynb #f809a99a
 import io, json, math, os, random, signal, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .dataset import BadInput
 from .toy_city import atomic_write, rng_of
 
-# %% ../nbs/03c_sessions.ipynb #897759b8
+# %% ../nbs/03c_sessions.ipynb #a006f31c
 def save_checkpoint(
     path, # Ends in .safetensors; a .json of the same name is written beside it
     tensors:dict, # Name to tensor
@@ -49,7 +49,7 @@ def load_checkpoint(
         raise BadInput(f'{path} is not a whole safetensors file ({e}): copy it again')
     raise BadInput(f'{path} has no settings inside: reid_pretrain and reid_finetune write others')
 
-# %% ../nbs/03c_sessions.ipynb #49c4be12
+# %% ../nbs/03c_sessions.ipynb #90df9e37
 def dice_state()->dict: # Name to tensor
     "The state of the global generators of PyTorch, CUDA, NumPy and Python."
     _,words,at,*gauss = np.random.get_state()
@@ -71,7 +71,7 @@ def set_dice(
     for i in range(torch.cuda.device_count()):
         if f'cuda{i}' in state: torch.cuda.set_rng_state(state[f'cuda{i}'], i)
 
-# %% ../nbs/03c_sessions.ipynb #28d2ab46
+# %% ../nbs/03c_sessions.ipynb #8026f228
 def to_tensors(
     part, # A module, an optimiser, or a gradient scaler
 )->dict: # Name to tensor
@@ -95,7 +95,7 @@ def from_tensors(
         part.load_state_dict({**part.state_dict(), 'state': state})
     else: part.load_state_dict({k: v.item() for k,v in tensors.items()})
 
-# %% ../nbs/03c_sessions.ipynb #b7d05b7b
+# %% ../nbs/03c_sessions.ipynb #68de4922
 def team()->tuple: # Number of this process, and how many there are
     "The processes that train together; `torchrun` tells."
     return int(os.environ.get('RANK', 0)),int(os.environ.get('WORLD_SIZE', 1))
@@ -134,7 +134,7 @@ class Session:
         self.check(self.result, meta)
         return meta['finished']
 
-# %% ../nbs/03c_sessions.ipynb #ebf5af4e
+# %% ../nbs/03c_sessions.ipynb #07a82240
 @patch
 def save(self:Session):
     "Write the whole state into one file."
@@ -174,7 +174,7 @@ def resume(self:Session,
     self.step,self.history,self.sums = meta['step'],meta['history'],meta['sums']
     self.limit += self.step
 
-# %% ../nbs/03c_sessions.ipynb #a03bda2e
+# %% ../nbs/03c_sessions.ipynb #791b8bef
 @patch
 def log(self:Session,
     every:int, # Steps to a line
@@ -220,7 +220,7 @@ def tell(self:Session,
     for k,v in numbers.items(): self.board.add_scalar(k, v, self.step+1)
     if self.watch: self.watch(self)
 
-# %% ../nbs/03c_sessions.ipynb #ef5fb6da
+# %% ../nbs/03c_sessions.ipynb #b7acf4fc
 @contextmanager
 def catch_signals(
     found:list, # Signals that came
@@ -278,7 +278,7 @@ def steps(self:Session,
     if hasattr(self, 'board'): self.board.close()
     if found: raise KeyboardInterrupt if found[0]==signal.SIGINT else SystemExit(128+found[0])
 
-# %% ../nbs/03c_sessions.ipynb #ab7366a7
+# %% ../nbs/03c_sessions.ipynb #da66775a
 @patch
 def finish(self:Session,
     total:int, # Steps planned
@@ -302,7 +302,7 @@ def outcome(
     end = 'finished' if meta['finished'] else 'not finished, the same command goes on'
     return ', '.join([f'{path}: {end}', *(f'{k} {v}' for k,v in latest(meta['history']).items())])
 
-# %% ../nbs/03c_sessions.ipynb #89f5e4b7
+# %% ../nbs/03c_sessions.ipynb #02843435
 def plot_history(
     history:list, # Lines from a checkpoint's meta, dicts with `step`
     names=('loss','accuracy','lr'), # What to draw
@@ -318,7 +318,7 @@ def plot_history(
         ax.set(xlabel='step', ylabel=name)
     return axs
 
-# %% ../nbs/03c_sessions.ipynb #6c81caa4
+# %% ../nbs/03c_sessions.ipynb #b0f67c6b
 class Live:
     "Curves that grow in a notebook; a `watch` for a `Session`."
     def __init__(self,

@@ -1,11 +1,13 @@
-"""MoCo on real crops without a label, on a CPU: does it beat an untrained network, and a colour histogram?
+"""MoCo on real crops, on a CPU: does it beat an untrained network, and a colour histogram?
 
-    python tests/benchmarks/real.py DATA OUT [--epochs 40] [--minutes 60] [--seed 0]
+    python tests/benchmarks/real.py DATA OUT [--tracks] [--epochs 40] [--minutes 60] [--seed 0]
 
 DATA holds `cuhk03_p1` and `real_city`. A hundred people of cuhk03_p1's training part are set aside to validate on
 (query and gallery of its test stay unseen); the other people's crops, under names that tell only the camera, and those
 of real_city become one store. The validation is the mAP of the pooled feature, by the rule of Market-1501: what the
-same camera shows of the same person does not count. Start it again with the same command, and it goes on.
+same camera shows of the same person does not count. With --tracks, crops of one person from one camera carry a common
+number, as a tracker would give it (nothing joins the cameras), and positives are two crops of a track. Start it again
+with the same command, and it goes on.
 """
 import argparse
 import os
@@ -23,12 +25,15 @@ from reid_nb.dataset import extract
 from reid_nb.moco import build_backbone, pretrain, validator
 from reid_nb.sessions import load_checkpoint
 
-def make_store(data, out, rest):
+def make_store(data, out, rest, tracks):
     "real_city's crops, and those of `rest` under numbers, a folder a camera"
     if (out/'crops.lmdb').exists() and CropStore(out/'crops.lmdb').finished: return
+    seen = {}
     extract(data/'real_city'/'videos', data/'real_city'/'dets', out/'crops')
     for number, k in enumerate(np.random.default_rng(0).permutation(len(rest))):
-        to = out/'crops'/'cuhk03'/'p1'/f'camera{rest[k].camid}'/f'{number:07d}.jpg'
+        track = seen.setdefault(rest[k][1:], len(seen))
+        name = f'{track:06d}_{number:07d}_00.jpg' if tracks else f'{number:07d}.jpg'
+        to = out/'crops'/'cuhk03'/'p1'/f'camera{rest[k].camid}'/name
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(rest[k].path, to)
     pack(out/'crops', out/'crops.lmdb')
@@ -37,18 +42,19 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('data', type=Path)
     p.add_argument('out', type=Path)
+    p.add_argument('--tracks', action='store_true')
     p.add_argument('--arch', default='resnet10_ibn')
     p.add_argument('--size', default='64x32')
     p.add_argument('--epochs', type=int, default=40)
     p.add_argument('--validate_every', type=int, default=4)
     p.add_argument('--minutes', type=float)
     p.add_argument('--negatives', default='video')
-    p.add_argument('--queue', type=int, default=2)
+    p.add_argument('--queue', type=int, default=4)
     p.add_argument('--seed', type=int, default=0)
     args = p.parse_args()
     bench = read_benchmark('cuhk03_p1', args.data/'cuhk03_p1')
     rest, held = hold_out(bench)
-    make_store(args.data, args.out, rest)
+    make_store(args.data, args.out, rest, args.tracks)
     store, size = CropStore(args.out/'crops.lmdb'), tuple(map(int, args.size.split('x')))
     validate = validator(args.data/'cuhk03_p1', size, store.mean.tolist(), store.std.tolist())
     floor = rank(held, color_histogram(held.query), color_histogram(held.gallery)).figures()
@@ -56,7 +62,8 @@ def main():
     untrained = validate(build_backbone(args.arch).eval())
     ckpt = pretrain(store.path, args.out/f'{args.arch}_{args.negatives}_{args.seed}', args.arch, args.epochs,
                     args.minutes, size=size, augment='street', optimizer='adamw', lr=.004, m=.99, queue=args.queue,
-                    negatives=args.negatives, seed=args.seed, validate=validate, validate_every=args.validate_every)
+                    negatives=args.negatives, seed=args.seed,
+                    positives='track' if args.tracks else 'crop', validate=validate, validate_every=args.validate_every)
     curve = [h for h in load_checkpoint(ckpt)[1]['history'] if 'val_mAP' in h]
     print(f'{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, '
           f'torch {torch.__version__}; {len(store):,} crops, {args.arch} at {args.size}, seed {args.seed}')
