@@ -14,7 +14,7 @@ __all__ = ['STATES', 'RETRY', 'MAX_BYTES', 'YTDLP', 'reid_download', 'Person', '
 
 # %% ../nbs/01_dataset.ipynb #4875b7bf
 import argparse, hashlib, inspect, io, json, multiprocessing, os, pickle, re, shutil, signal, sqlite3
-import sys, threading
+import sys, threading, time
 from collections import Counter, namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import closing
@@ -143,7 +143,7 @@ STATES = {'disk full': r'No space left',
           'region-locked': r'your country|your location|geo.?restrict|HTTP Error 451',
           'private': r'private|members|log ?in|sign in|HTTP Error 40[13]',
           'no format': r'format is not available|No video formats|Unsupported URL',
-          'removed': r'removed|terminated|unavailable|no longer|not available|HTTP Error 4(04|10)',
+          'removed': r'removed|terminated|(?<!service )unavailable|no longer|not available|HTTP Error 4(04|10)',
           'network': r'timed out|redirect|HTTP Error (408|5)|connect|resol|bytes read|data blocks|Incomplete|SSL'}
 RETRY = {'waiting', 'network', 'bot check', 'broken', 'other'}
 
@@ -188,10 +188,11 @@ YTDLP = dict(
     format='bv[ext=mp4][height<=?720][filesize<?500M]/b[ext=mp4][height<=?720][filesize<?500M]',
     format_sort=['res:720', 'vcodec:h264'], noplaylist=True, cachedir=False, updatetime=False,
     quiet=True, no_warnings=True, noprogress=True, continuedl=True, file_access_retries=0,
+    buffersize=4096, noresizebuffer=True,  # a hook is called after each block
     retry_sleep_functions={k: lambda n: min(2**n, 30) for k in ('http', 'fragment', 'extractor')})
 
 class TooLarge(Exception): "More than `MAX_BYTES`."
-class TooSlow(Exception): "Bytes still come, but it would take for ever."
+class TooSlow(Exception): "Less than 1 kB a second."
 class Stopped(Exception): "The job ends; this video waits for the next one."
 class Quiet:
     "A logger for yt-dlp that drops all: what matters comes as an exception."
@@ -208,24 +209,29 @@ def fetch(
     stop=None, # `threading.Event`: set to make a running download end
 )->dict: # state, and the facts or a note; raises `OSError` (full disk), `Stopped`
     "Fetch one video, unless it is there, and say what became of it."
-    from yt_dlp import DownloadError, YoutubeDL
+    from yt_dlp import YoutubeDL
+    from yt_dlp.utils import YoutubeDLError
     final, part = name.path(dest), Path(dest)/'.part'/f'{name.stem}.mp4'
+    since, before = time.monotonic(), 0
     def watch(now):
+        nonlocal since, before
+        n, t = now['downloaded_bytes'], time.monotonic() - since
         if stop and stop.is_set(): raise Stopped
-        if max(now['downloaded_bytes'], now.get('total_bytes') or 0) > MAX_BYTES: raise TooLarge
-        late = (now.get('elapsed') or 0) > 3*options['socket_timeout']
-        if late and 0 < (now.get('speed') or 0) < 1000: raise TooSlow('less than 1 kB a second')
+        if max(n, now.get('total_bytes') or 0) > MAX_BYTES: raise TooLarge
+        if t > 3*options['socket_timeout']:
+            if n - before < 1000*t and now['status'] == 'downloading': raise TooSlow
+            since, before = since + t, n
     options = dict(YTDLP, **options, outtmpl=str(part).replace('%', '%%'), logger=Quiet(),
                    progress_hooks=[watch], cookiefile=io.StringIO(cookies) if cookies else None)
     try:
         if not final.is_file():
             with YoutubeDL(options) as ydl: ydl.extract_info(url)
         facts = video_facts(final if final.is_file() else part)
-    except DownloadError as e:
+    except (YoutubeDLError, ValueError) as e:  # ValueError: a server's headers make no sense
         state, note = state_of(str(e)), ' '.join(str(e).split())[:300]
         if state == 'disk full': raise OSError(f'{dest}: disk full: make room there') from None
         return dict(state=state, note=note)
-    except TooSlow as e: return dict(state='network', note=str(e))
+    except TooSlow: return dict(state='network', note=TooSlow.__doc__)
     except (TooLarge, BadInput) as e:
         for path in part.parent.glob(f'{part.name}*'): path.unlink()
         return dict(state='broken' if isinstance(e, BadInput) else 'too large', note=str(e))

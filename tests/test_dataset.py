@@ -5,7 +5,6 @@ import os
 import pickle
 import signal
 import sqlite3
-import struct
 import subprocess
 import sys
 import threading
@@ -167,39 +166,6 @@ def test_luperson_counts_from_one(tmp_path):
         (tmp_path/'a.pkl').write_bytes(pickle.dumps(wrong))
         with pytest.raises(ds.BadInput): ds.read_dets(tmp_path/'a.pkl')
 
-# --- frames
-
-def test_frames_are_those_of_another_decoder(data):
-    video = data/'real_city'/'videos'/'uk'/'reading'/'uk+reading+PETSs2l1v05.mp4'
-    cap, n = cv2.VideoCapture(str(video)), 0
-    for i, rgb in ds.read_frames(video):
-        ok, bgr = cap.read()
-        assert ok and i == n and (bgr[..., ::-1] == rgb).all()
-        n += 1
-    assert not cap.read()[0] and n == ds.video_facts(video)['frames']
-
-@pytest.mark.parametrize('turn,matrix', [
-    (90, (0, 1, -1, 0, 96, 0)), (180, (-1, 0, 0, -1, 160, 96)), (270, (0, -1, 1, 0, 0, 160))])
-def test_rotation_is_applied(tmp_path, turn, matrix):
-    a, b, c, d, x, y = (int(v*65536) for v in matrix)
-    raw = bytearray(film(tmp_path/'a.mp4', 5).read_bytes())
-    at = raw.find(b'tkhd') + 44
-    raw[at:at + 36] = struct.pack('>9i', a, b, 0, c, d, 0, x, y, 1 << 30)
-    (tmp_path/'turned.mp4').write_bytes(raw)
-    (_, lying), (_, upright) = next(ds.read_frames(tmp_path/'a.mp4')), next(ds.read_frames(tmp_path/'turned.mp4'))
-    assert (upright == np.rot90(lying, -turn//90)).all()
-    bgr = cv2.VideoCapture(str(tmp_path/'turned.mp4')).read()[1]
-    assert (bgr[..., ::-1] == upright).all() and ds.video_facts(tmp_path/'turned.mp4')['height'] == upright.shape[0]
-
-def test_broken_videos_are_bad_input(tmp_path):
-    raw = film(tmp_path/'a.mp4', 60).read_bytes()
-    cases = dict(cut=raw[:len(raw)//2], empty=b'', text=b'hello'*100, page=b'<html>not a video</html>')
-    for name, content in cases.items():
-        path = tmp_path/f'{name}.mp4'
-        path.write_bytes(content)
-        with pytest.raises(ds.BadInput): list(ds.read_frames(path))
-        with pytest.raises(ds.BadInput): ds.video_facts(path)
-
 # --- downloading: a server of our own and the real client
 
 class Site(BaseHTTPRequestHandler):
@@ -211,18 +177,29 @@ class Site(BaseHTTPRequestHandler):
         asked = self.headers.get('Range')
         start = int(asked.split('=')[1].split('-')[0]) if asked else 0
         if isinstance(fault, int) or body is None: return self.send_error(fault or 404)
+        if fault == 'silent': return site.over.wait()
+        if fault in site.elsewhere:
+            self.send_response(302)
+            self.send_header('Location', site.elsewhere[fault] or self.path)
+            return self.end_headers()
         site.cookies.append(self.headers.get('Cookie'))
         self.send_response(206 if asked else 200)
         self.send_header('Content-Type', 'video/mp4')
-        self.send_header('Content-Length', str(len(body) - start + (1000 if fault == 'short' else 0)))
+        length = len(body) - start
+        said = {'more': length + 1000, 'less': length//2, 'zero': 0, 'words': 'many'}.get(fault, length)
+        if fault != 'none': self.send_header('Content-Length', str(said))
         if asked: self.send_header('Content-Range', f'bytes {start}-{len(body) - 1}/{len(body)}')
         self.end_headers()
-        sent = 0
+        sent, end = 0, len(body)//2 if fault in ('cut', 'none', 'stall', 'trickle') else len(body)
         try:
-            for k in range(start, len(body), 4096):
+            for k in range(start, end, 4096):
                 self.wfile.write(body[k:k + 4096])
                 sent += len(body[k:k + 4096])
                 time.sleep(site.pause)
+            if fault == 'stall': site.over.wait()
+            for k in range(end, len(body)) if fault == 'trickle' else ():
+                self.wfile.write(body[k:k + 1])
+                if site.over.wait(.001): break
         except ConnectionError: self.close_connection = True
         site.log.append((path, start, sent))
 
@@ -230,9 +207,11 @@ class Site(BaseHTTPRequestHandler):
 def site():
     server = ThreadingHTTPServer(('127.0.0.1', 0), Site)
     server.files, server.faults, server.log, server.cookies, server.pause = {}, {}, [], [], 0
+    server.over, server.elsewhere = threading.Event(), {}
     server.url = f'http://127.0.0.1:{server.server_address[1]}/{{stem}}.mp4'
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
+    server.over.set()
     server.shutdown()
     server.server_close()
 
@@ -247,32 +226,50 @@ def fetching(vnames, dest, site, *more):
 def states_of(dest):
     with sqlite3.connect(dest/'census.sqlite') as db: return dict(db.execute('SELECT name, state FROM videos'))
 
-def test_every_line_gets_its_state(run, site, tmp_path):
-    raw = film(tmp_path/'a.mp4', 60).read_bytes()
-    faults = dict(good=None, gone=404, shut=403, law=451, lies='short', html=None, busy=429)
-    stem = {k: f'xx+yy+{k:_<11}' for k in faults}
-    site.files = {f'{s}.mp4': raw for s in stem.values()}
+FAULTS = {  # name: (what the server does, the state it leads to)
+    'good': (None, 'done'), 'moved': ('moved', 'done'), 'gone': (404, 'removed'), 'gone_long': (410, 'removed'),
+    'shut': (403, 'private'), 'who_is_it': (401, 'private'), 'law': (451, 'region-locked'), 'ill': (500, 'network'),
+    'closed': (503, 'network'), 'cut': ('cut', 'network'), 'stall': ('stall', 'network'),
+    'silent': ('silent', 'network'), 'trickle': ('trickle', 'network'), 'more': ('more', 'network'),
+    'less': ('less', 'broken'), 'zero': ('zero', 'network'), 'words': ('words', 'other'), 'none': ('none', 'broken'),
+    'round': ('round', 'network'), 'nowhere': ('nowhere', 'network'), 'to_file': ('to_file', 'network'),
+    'html': ('html', 'broken'), 'busy': (429, 'bot check')}
+
+def test_every_line_gets_its_state_and_nothing_hangs(run, site, tmp_path):
+    raw = film(tmp_path/'a.mp4', 12, (256, 256), noise).read_bytes()
+    stem = {k: f'xx+yy+{k:_<11}' for k in FAULTS}
+    site.files = {f'{s}.mp4': raw for s in stem.values()} | {'there.mp4': raw}
     site.files[f'{stem["html"]}.mp4'] = b'<html>' + b'no video here '*500
-    site.faults = {f'{stem[k]}.mp4': f for k, f in faults.items() if f}
+    site.elsewhere = dict(moved='/there.mp4', round=None, nowhere='http://127.0.0.1:1/x.mp4',
+                          to_file='file:///etc/passwd')
+    site.faults = {f'{stem[k]}.mp4': fault for k, (fault, _) in FAULTS.items() if fault}
     vnames, dest = listed(tmp_path/'list.txt', [*stem.values(), 'xx+yy', '../a+b+videoNumbr1']), tmp_path/'videos'
-    done = run(*fetching(vnames, dest, site))
+    done = run(*fetching(vnames, dest, site, '--workers', '8', '--retries', '1', '--timeout', '1'), timeout=120)
     assert done.returncode == 0, done.stderr
-    assert 'line 8' in done.stderr and 'line 9' in done.stderr
+    assert f'line {len(FAULTS) + 1}' in done.stderr and f'line {len(FAULTS) + 2}' in done.stderr
     states = states_of(dest)
-    assert {k: states[s] for k, s in stem.items()} == dict(
-        good='done', gone='removed', shut='private', law='region-locked', lies='network', html='broken',
-        busy='bot check')
-    assert sorted(tree(dest)) == ['.part/' + stem['lies'] + '.mp4.part', 'census.sqlite', f'xx/yy/{stem["good"]}.mp4']
+    assert {k: states[s] for k, s in stem.items()} == {k: state for k, (_, state) in FAULTS.items()}
+    finished = [k for k, (_, state) in FAULTS.items() if state == 'done']
+    assert {p.stem for p in dest.glob('xx/yy/*')} == {stem[k] for k in finished}
+    assert all((dest/'xx'/'yy'/f'{stem[k]}.mp4').read_bytes() == raw for k in finished)
     with sqlite3.connect(dest/'census.sqlite') as db:
-        row = db.execute("SELECT height, fps, frames, bytes, digest FROM videos WHERE state = 'done'").fetchall()
-    assert row == [(96, 12.0, 60, len(raw), ds.sha256(tmp_path/'a.mp4'))]
+        rows = set(db.execute("SELECT height, fps, frames, bytes, digest FROM videos WHERE state = 'done'"))
+    assert rows == {(256, 12.0, 12, len(raw), ds.sha256(dest/'xx'/'yy'/f'{stem["good"]}.mp4'))}
     shown = run('reid_download', vnames, '--dest', dest, '--census')
     assert shown.returncode == 0 and all(s in shown.stdout for s in ('done', 'malformed', 'region-locked'))
     assert cv2.imread(str(dest/'census.png')).shape[1] > 500
-    site.faults.pop(f'{stem["lies"]}.mp4')
+    site.faults = {path: fault for path, fault in site.faults.items() if isinstance(fault, int)}
     site.log.clear()
-    assert run(*fetching(vnames, dest, site)).returncode == 0
-    assert states_of(dest)[stem['lies']] == 'done' and not any(stem['good'] in path for path, *_ in site.log)
+    assert run(*fetching(vnames, dest, site, '--retries', '0')).returncode == 0
+    states = states_of(dest)
+    assert all(states[stem[k]] == 'done' for k in ('cut', 'stall', 'silent', 'trickle', 'more', 'less', 'none'))
+    assert not any(stem[k] in path for path, *_ in site.log for k in finished)
+
+def test_the_rate_is_kept(site, tmp_path):
+    site.files['xx+yy+videoNumbr1.mp4'] = film(tmp_path/'a.mp4').read_bytes() + bytes(300_000)
+    vnames, start = listed(tmp_path/'l.txt', ['xx+yy+videoNumbr1']), time.monotonic()
+    (state, *_), = ds.download(vnames, tmp_path/'v', site.url, pause=0, rate=.1)
+    assert state == 'done' and time.monotonic() - start > 2
 
 def test_a_run_of_bot_checks_stops_the_job(run, site, tmp_path):
     stems = [f'xx+yy+video{i:06d}' for i in range(30)]
