@@ -7,8 +7,8 @@ __all__ = ['STATES', 'RETRY', 'MAX_BYTES', 'YTDLP', 'reid_download', 'Person', '
            'reid_extract', 'spell', 'command', 'VideoName', 'read_vnames', 'open_census', 'census_table', 'state_of',
            'sha256', 'remove_empty', 'video_facts', 'TooLarge', 'TooSlow', 'Stopped', 'Quiet', 'fetch', 'on_ray',
            'fetch_all', 'download', 'plot_census', 'show_census', 'PlainUnpickler', 'safe_load', 'Dets', 'read_dets',
-           'yolo_boxes', 'shrink', 'median_frame', 'motion_boxes', 'detect_people', 'follow_parent', 'spread',
-           'fail_together', 'find_videos', 'detect_video', 'detect', 'fit_boxes', 'encode_jpeg', 'write_jpeg',
+           'write_dets', 'yolo_boxes', 'shrink', 'median_frame', 'motion_boxes', 'detect_people', 'follow_parent',
+           'spread', 'fail_together', 'find_videos', 'detect_video', 'detect', 'fit_boxes', 'encode_jpeg', 'write_jpeg',
            'cut_people', 'crop_video', 'crop_counts', 'find_pairs', 'fingerprint', 'extract', 'plot_crops',
            'show_crops', 'report_crops']
 
@@ -419,6 +419,17 @@ def read_dets(
         raise BadInput(f'{path}: a frame, number or height that cannot be')
     return Dets('LUPerson-NL' if nl else 'LUPerson', *ids.T, box, conf, height, fps)
 
+def write_dets(
+    path, # File to make
+    d:Dets, # Detections
+): # May raise `OSError`
+    "Write detections in the form of LUPerson-NL, with height and fps beside the frames."
+    found = dict(height=d.height, fps=d.fps)
+    for i, obj, pid, box, conf in zip(d.frame, d.obj, d.pid, d.box, d.conf):
+        person = dict(bbox=np.float32(box), conf=float(conf), pid=int(pid))
+        found.setdefault(int(i), []).append([int(obj), person])
+    with atomic_write(path, 'wb') as f: pickle.dump(found, f)
+
 # %% ../nbs/01_dataset.ipynb #7b7edb25
 Person = namedtuple('Person', 'track box conf')  # int, float32[4] x1,y1,x2,y2 in pixels, float 0..1
 PEOPLE = set('person people pedestrian human man woman child'.split())
@@ -581,10 +592,10 @@ def detect_video(
 )->Path: # `pkl`; may raise `BadInput`, and then leaves nothing
     "Write the detections of one video, in the LUPerson-NL form with height and fps added."
     facts = video_facts(video)
-    found = {i: [[k, dict(bbox=p.box, conf=p.conf, pid=p.track)] for k, p in enumerate(people)]
-             for i, _, people in detect_people(video, weights) if people and i % every == 0}
-    with atomic_write(pkl, 'wb') as f:
-        pickle.dump(dict(found, height=facts['height'], fps=facts['fps']), f)
+    rows = [(i, k, p.track, p.box, p.conf) for i, _, people in detect_people(video, weights)
+            if i % every == 0 for k, p in enumerate(people)]
+    cols = zip(*rows) if rows else [()]*5
+    write_dets(pkl, Dets('LUPerson-NL', *cols, facts['height'], facts['fps']))
     return pkl
 
 def detect(
@@ -782,7 +793,7 @@ def show_crops(
     for c in counts:
         if c['beyond'] and not c['dets_height']:
             text += (f'\n{c["video"]}: {c["beyond"]} boxes reach past the frame, and the detections '
-                     'do not say of which height their video was: perhaps a larger one')
+                     'do not say of which height their video was: run reid_align first')
     return text
 
 # %% ../nbs/01_dataset.ipynb #46fee78c
