@@ -6,7 +6,7 @@
 __all__ = ['LINES', 'OFFSETS', 'Fit', 'reid_align', 'ious', 'moving_frames', 'compare', 'best_fit', 'apply_fit', 'align_video',
            'verdicts', 'align', 'enter_refused', 'show_verdicts']
 
-# %% ../nbs/01b_align.ipynb #862ed0df
+# %% ../nbs/01b_align.ipynb #e6ae4309
 import json, os, sqlite3
 from collections import namedtuple
 from contextlib import closing
@@ -20,7 +20,7 @@ from .dataset import (
     read_dets, read_frames, spread, write_dets, yolo_boxes)
 from .toy_city import atomic_write
 
-# %% ../nbs/01b_align.ipynb #9159ad26
+# %% ../nbs/01b_align.ipynb #244a08a6
 def ious(
     a:np.ndarray, # [n,4] boxes x1,y1,x2,y2
     b:np.ndarray, # [m,4] boxes
@@ -31,7 +31,7 @@ def ious(
     area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(1) for x in (a, b))
     return np.nan_to_num(shared/np.maximum(area_a[:, None] + area_b - shared, 1e-9))
 
-# %% ../nbs/01b_align.ipynb #29a2bf4e
+# %% ../nbs/01b_align.ipynb #cf80f930
 def moving_frames(
     d:Dets, # Detections of a video
     n:int=40, # How many frames
@@ -43,7 +43,7 @@ def moving_frames(
     moves = (1 - np.array([*stays, 1.][:len(frames)]))/np.diff(frames, append=frames[-1:] + 1)
     return sorted(frames[np.argsort(-moves, kind='stable')[:n]].tolist())
 
-# %% ../nbs/01b_align.ipynb #a63e0d46
+# %% ../nbs/01b_align.ipynb #97c8614d
 LINES, OFFSETS = (360, 480, 720, 1080), range(-2, 3)
 
 def compare(
@@ -63,7 +63,7 @@ def compare(
     lines = {d.height} if d.height else {height, *LINES}
     return height, {(k, o): overlap(k, o) for k in sorted(lines - {0}) for o in OFFSETS if height}
 
-# %% ../nbs/01b_align.ipynb #7b3c2bb8
+# %% ../nbs/01b_align.ipynb #197dc59b
 Fit = namedtuple('Fit', 'height lines offset iou boxes')
 Fit.__doc__ = """Lines of the video, lines of the copy that the boxes were made on, frames to add to
 their numbers, mean IoU with what a detector finds, and how many boxes were looked at."""
@@ -78,7 +78,7 @@ def best_fit(
     if gain.mean() <= 2*gain.std()/len(gain)**.5: offset = 0
     return Fit(height, lines, offset, round(float(table[lines, offset].mean()), 4), len(gain))
 
-# %% ../nbs/01b_align.ipynb #7d68c7e3
+# %% ../nbs/01b_align.ipynb #7960763b
 def apply_fit(
     d:Dets, # Detections
     fit:Fit, # From `best_fit`
@@ -89,7 +89,7 @@ def apply_fit(
     cols['frame'], cols['box'] = cols['frame'] + fit.offset, cols['box']*(fit.height/fit.lines)
     return replace(d, **cols, height=fit.height)
 
-# %% ../nbs/01b_align.ipynb #822d540b
+# %% ../nbs/01b_align.ipynb #7d8a86ee
 def align_video(
     video, # Path of a video
     pkl, # Path of its detections
@@ -120,7 +120,7 @@ def verdicts(
     "What was found out about each video."
     return [json.loads(path.read_text()) for path in sorted(Path(dest).glob('*.json'))]
 
-# %% ../nbs/01b_align.ipynb #53989bdd
+# %% ../nbs/01b_align.ipynb #bb78eab3
 def align(
     videos:str, # A video, or a folder of videos named `country+city+id`
     dets:str, # Folder of their detections, `country+city+id.pkl`
@@ -156,7 +156,7 @@ def enter_refused(
         [('done', None, v['video']) if v['state'] == 'aligned' else
          ('misaligned', f'mean IoU with its detections {v["iou"]:.2f}', v['video']) for v in found])
 
-# %% ../nbs/01b_align.ipynb #5dde0c63
+# %% ../nbs/01b_align.ipynb #398f7ccd
 def show_verdicts(
     found:list, # From `verdicts`
 )->str: # One line a video
