@@ -9,8 +9,8 @@ __all__ = ['STATES', 'RETRY', 'MAX_BYTES', 'YTDLP', 'reid_download', 'Person', '
            'fetch_all', 'download', 'plot_census', 'show_census', 'PlainUnpickler', 'safe_load', 'Dets', 'read_dets',
            'write_dets', 'yolo_boxes', 'shrink', 'median_frame', 'motion_boxes', 'detect_people', 'follow_parent',
            'spread', 'fail_together', 'find_videos', 'detect_video', 'detect', 'fit_boxes', 'encode_jpeg', 'write_jpeg',
-           'cut_people', 'crop_video', 'crop_counts', 'find_pairs', 'fingerprint', 'extract', 'plot_crops',
-           'show_crops', 'report_crops']
+           'cut_people', 'crop_video', 'crop_counts', 'find_pairs', 'fingerprint', 'extract', 'crop_sheet',
+           'plot_crops', 'show_crops', 'report_crops']
 
 # %% ../nbs/01_dataset.ipynb #4875b7bf
 import argparse, hashlib, inspect, io, json, multiprocessing, os, pickle, re, shutil, signal, sqlite3
@@ -748,7 +748,7 @@ def extract(
     min_height:int=32, # Least height of a crop, in pixels
     min_width:int=16, # Least width of a crop, in pixels
     min_aspect:float=1/3, # Least height over width
-    report:bool=False, # Also print what became of the boxes of each video, and draw report.png
+    report:bool=False, # Print what became of each video's boxes; draw report.png and sheet.jpg
 )->list: # `crop_counts(dest)`; `BadInput` (wrong path; at the end: broken videos), `OSError` (disk)
     "Cut out the people of all videos; what was made from the same before is not made again."
     options = dict(quality=quality, min_height=min_height,
@@ -762,6 +762,19 @@ def extract(
     if report: report_crops(dest)
     fail_together(failed, len(todo))
     return crop_counts(dest)
+
+# %% ../nbs/01_dataset.ipynb #new90001
+def crop_sheet(
+    dest, # Folder of the crops
+    n:int=28, # How many, evenly spread over all videos
+    columns:int=14, # Side by side
+)->np.ndarray: # uint8 [H,W,3] RGB, each crop at 128 x 64 pixels; `BadInput` where there is none
+    "A contact sheet."
+    files = sorted(Path(dest).glob('*/*/*/*.jpg'))
+    if not files: raise BadInput(f'{dest}: no crops in it')
+    picked = [files[i] for i in np.linspace(0, len(files) - 1, n).astype(int)]
+    tiles = [cv2.resize(cv2.imread(str(path)), (64, 128))[..., ::-1] for path in picked]
+    return np.vstack([np.hstack(tiles[i:i + columns]) for i in range(0, n, columns)])
 
 # %% ../nbs/01_dataset.ipynb #8bb16f99
 def plot_crops(
@@ -800,8 +813,10 @@ def show_crops(
 def report_crops(
     dest, # Folder of the crops
 ):
-    "Print what became of the boxes of each video, and draw report.png."
-    for c in crop_counts(dest): print(f'{c["video"]:<40}', show_crops([c]))
-    plot_crops(crop_counts(dest)).savefig(Path(dest)/'report.png', dpi=150)
+    "Print what became of the boxes of each video; draw report.png, and sheet.jpg where there are crops."
+    counts = crop_counts(dest)
+    for c in counts: print(f'{c["video"]:<40}', show_crops([c]))
+    plot_crops(counts).savefig(Path(dest)/'report.png', dpi=150)
+    if any(c['crops'] for c in counts): write_jpeg(Path(dest)/'sheet.jpg', crop_sheet(dest, 112))
 
 reid_extract = command(extract, show_crops)

@@ -279,26 +279,34 @@ def test_a_run_of_bot_checks_stops_the_job(run, site, tmp_path):
     states = collections.Counter(states_of(tmp_path/'v').values())
     assert states['bot check'] == 3 and states['waiting'] == 27
 
+def census_rows(dest):
+    with sqlite3.connect(dest/'census.sqlite') as db: return db.execute('SELECT * FROM videos ORDER BY name').fetchall()
+
 @pytest.mark.long
-def test_download_goes_on_after_kill_9_and_fetches_nothing_twice(site, tmp_path):
-    stems = [f'xx+yy+video{i:06d}' for i in range(6)]
+def test_download_killed_ten_times_is_that_of_an_uninterrupted_run(site, tmp_path):
+    stems = [f'xx+yy+video{i:06d}' for i in range(10)]
     for i, s in enumerate(stems):
         site.files[f'{s}.mp4'] = film(tmp_path/f'{i}.mp4', 20, (256, 256), noise).read_bytes() + bytes([i]*1000)
-    vnames, dest, rng = listed(tmp_path/'l.txt', stems), tmp_path/'videos', np.random.default_rng(0)
+    vnames, dest, rng, struck = listed(tmp_path/'l.txt', stems), tmp_path/'videos', np.random.default_rng(0), 0
+    ds.download(vnames, tmp_path/'whole', site.url, pause=0)
+    site.log.clear()
     name, *args = fetching(vnames, dest, site, '--workers', '2')
     cmd = [Path(sys.executable).parent/name, *args]
-    site.pause = 4*.6/max(len(v)/4096 for v in site.files.values())
-    for _ in range(4):
+    site.pause = 2.4/max(len(v)/4096 for v in site.files.values())
+    for _ in range(10):
         job = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(2 + 2*rng.random())
-        before = site.log.copy(), states_of(dest) if (dest/'census.sqlite').exists() else {}
+        time.sleep(1 + 2*rng.random())
+        before = states_of(dest) if (dest/'census.sqlite').exists() else {}
+        struck += job.poll() is None
         job.send_signal(signal.SIGKILL)
         job.wait()
-        acknowledged = {s for s, state in before[1].items() if state == 'done'}
+        acknowledged = {s for s, state in before.items() if state == 'done'}
         assert acknowledged <= {s for s, state in states_of(dest).items() if state == 'done'}
+    assert struck == 10
     assert subprocess.run(cmd, capture_output=True).returncode == 0
-    assert {s: (dest/'xx'/'yy'/f'{s}.mp4').read_bytes() for s in stems} == {s: site.files[f'{s}.mp4'] for s in stems}
-    assert not (dest/'.part').exists() and set(states_of(dest).values()) == {'done'}
+    videos = lambda root: {k: v for k, v in tree(root).items() if k.endswith('.mp4')}
+    assert videos(dest) == videos(tmp_path/'whole') and len(videos(dest)) == 10
+    assert not (dest/'.part').exists() and census_rows(dest) == census_rows(tmp_path/'whole')
     time.sleep(1)
     ends = collections.Counter(path for path, start, sent in site.log if start + sent == len(site.files[path]))
     assert set(ends.values()) == {1}, site.log      # the last byte of each video was sent once
@@ -338,7 +346,7 @@ def test_real_city_counts_add_up(real_crops):
         assert len(files) == c['crops'] == c['boxes'] - sum(c['dropped'].values()) == sum(c['tracks'].values())
         assert c['beyond'] == 0
     assert len(counts['v01']['tracks']) == 76 and '1,720 boxes = 1,720 crops + 0 dropped' in printed
-    assert cv2.imread(str(dest/'report.png')).shape[1] > 500
+    assert cv2.imread(str(dest/'report.png')).shape[1] > 500 and cv2.imread(str(dest/'sheet.jpg')).shape == (1024, 896, 3)
 
 @pytest.mark.long
 def test_real_crops_are_of_the_right_frame(real_crops, data):
@@ -374,25 +382,66 @@ def test_restart_does_nothing_twice_and_new_options_do(tmp_path):
     assert len(list((dest/'xx'/'yy'/'videoNumbr1').glob('*.jpg'))) == 10
 
 @pytest.mark.long
-def test_extraction_goes_on_after_kill_9(tmp_path):
-    videos, dets = small_city(tmp_path, [f'video{i:06d}' for i in range(8)], 400)
+def test_extraction_killed_ten_times_is_that_of_an_uninterrupted_run(tmp_path):
+    videos, dets = small_city(tmp_path, [f'video{i:06d}' for i in range(12)], 600)
     ds.extract(videos, dets, tmp_path/'whole', workers=1)
-    dest, rng, finished = tmp_path/'crops', np.random.default_rng(1), {}
+    dest, rng, finished, struck = tmp_path/'crops', np.random.default_rng(1), {}, 0
     cmd = [Path(sys.executable).parent/'reid_extract', videos, dets, '--dest', dest, '--workers', '2']
-    for _ in range(5):
+    for _ in range(10):
         job = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(300):  # wait for the work, then strike somewhere in it
-            if list(dest.glob('.part/*')) or job.poll() is not None: break
-            time.sleep(.05)
-        time.sleep(.3*rng.random())
+            if list(dest.glob('.part/*/*')) or job.poll() is not None: break
+            time.sleep(.02)
+        time.sleep(.2*rng.random())
+        struck += job.poll() is None
         job.send_signal(signal.SIGKILL)
         job.wait()
         time.sleep(.5)
         now = {p: p.stat().st_mtime_ns for p in dest.glob('*/*/*/counts.json')}
         assert finished.items() <= now.items()
         finished = now
+    assert struck == 10
     assert subprocess.run(cmd, capture_output=True).returncode == 0
     assert tree(dest) == tree(tmp_path/'whole')
+
+@pytest.mark.long
+def test_ray_does_the_same_and_loses_nothing_with_a_worker(site, run, tmp_path):
+    pytest.importorskip('ray', reason="needs Ray: pip install 'reid_nb[ray]'")
+    import psutil
+    ids = [f'video{i:06d}' for i in range(4)]
+    videos, dets = small_city(tmp_path, ids, 2000)
+    whole, dest = tmp_path/'whole', tmp_path/'crops'
+    ds.extract(videos, dets, whole, workers=1)
+    cmd = [Path(sys.executable).parent/'reid_extract', videos, dets, '--dest', dest, '--engine', 'ray', '--workers', '2']
+    job, killed = subprocess.Popen(cmd, stdout=subprocess.DEVNULL), 0
+    while job.poll() is None and killed < 2:
+        time.sleep(.05)
+        for p in psutil.Process(job.pid).children(recursive=True) if list(dest.glob('.part/*/*.jpg')) else ():
+            if killed < 2 and 'ray::crop_video' in ' '.join(p.cmdline()):
+                p.kill()
+                killed += 1
+    assert killed == 2 and job.wait(300) == 0
+    assert tree(dest) == tree(whole)
+    done = run('reid_detect', videos/'xx'/'yy'/f'xx+yy+{ids[0]}.mp4', '--dest', tmp_path/'found', '--engine', 'ray')
+    assert done.returncode == 0, done.stderr
+    ds.detect(videos/'xx'/'yy'/f'xx+yy+{ids[0]}.mp4', tmp_path/'here')
+    assert tree(tmp_path/'found') == tree(tmp_path/'here')
+    site.files = {p.name: p.read_bytes() for p in videos.rglob('*.mp4')}
+    vnames = listed(tmp_path/'l.txt', [f'xx+yy+{id}' for id in ids] + ['xx+yy+videoIsGone'])
+    done = run(*fetching(vnames, tmp_path/'again', site, '--engine', 'ray'))
+    assert done.returncode == 0, done.stderr
+    assert collections.Counter(states_of(tmp_path/'again').values()) == dict(done=4, removed=1)
+    assert {k: v for k, v in tree(tmp_path/'again').items() if k.endswith('.mp4')} == tree(videos)
+    videos.joinpath('xx', 'yy', f'xx+yy+{ids[0]}.mp4').write_bytes(b'no video')
+    one_line(run('reid_extract', videos, dets, '--dest', dest, '--engine', 'ray'), '1 of 1', ids[0], 'broken')
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    videos, dets = small_city(tmp_path, ['videoNumbr1', 'videoNumbr2'])
+    script = tmp_path/'script.py'
+    script.write_text(f'from reid_nb.dataset import extract\n'
+                      f'extract({str(videos)!r}, {str(dets)!r}, {str(tmp_path/"crops")!r}, workers=2)\n')
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode and "__name__ == '__main__'" in done.stderr.strip().splitlines()[-1]
 
 def test_workers_die_with_their_parent(tmp_path):
     videos, dets = small_city(tmp_path, ['videoNumbr1', 'videoNumbr2'], 3000)
@@ -416,7 +465,7 @@ def test_boxes_are_scaled_where_the_height_is_known(tmp_path, run):
     for (_, d), in raw.values(): d['bbox'] = d['bbox']*2
     path.write_bytes(pickle.dumps(raw))
     done = run('reid_extract', videos, dets, '--dest', tmp_path/'wrong')
-    assert 'reach past the frame' in done.stdout
+    assert 'reach past the frame' in done.stdout and 'reid_align' in done.stdout
     path.write_bytes(pickle.dumps(raw | dict(height=192)))
     scaled = ds.extract(videos, dets, tmp_path/'scaled', workers=1)
     jpgs = lambda root: {k: v for k, v in tree(root).items() if k.endswith('.jpg')}
