@@ -404,36 +404,51 @@ def test_extraction_killed_ten_times_is_that_of_an_uninterrupted_run(tmp_path):
     assert subprocess.run(cmd, capture_output=True).returncode == 0
     assert tree(dest) == tree(tmp_path/'whole')
 
-@pytest.mark.long
-def test_ray_does_the_same_and_loses_nothing_with_a_worker(site, run, tmp_path):
+@pytest.fixture
+def cluster(monkeypatch):
+    "A Ray cluster of two machines, both of them here."
     pytest.importorskip('ray', reason="needs Ray: pip install 'reid_nb[ray]'")
+    from ray.cluster_utils import Cluster
+    found = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1))
+    monkeypatch.setenv('RAY_ADDRESS', found.address)
+    yield found
+    found.shutdown()
+
+@pytest.mark.long
+def test_ray_does_the_same_and_loses_nothing_with_a_worker_or_a_machine(cluster, site, run, tmp_path):
     import psutil
-    ids = [f'video{i:06d}' for i in range(4)]
-    videos, dets = small_city(tmp_path, ids, 2000)
-    whole, dest = tmp_path/'whole', tmp_path/'crops'
+    ids = [f'video{i:06d}' for i in range(5)]
+    videos, dets = small_city(tmp_path, ids, 1500)
+    whole, dest, second = tmp_path/'whole', tmp_path/'crops', cluster.add_node(num_cpus=1)
     ds.extract(videos, dets, whole, workers=1)
     cmd = [Path(sys.executable).parent/'reid_extract', videos, dets, '--dest', dest, '--engine', 'ray', '--workers', '2']
-    job, killed = subprocess.Popen(cmd, stdout=subprocess.DEVNULL), 0
-    while job.poll() is None and killed < 2:
-        time.sleep(.05)
-        for p in psutil.Process(job.pid).children(recursive=True) if list(dest.glob('.part/*/*.jpg')) else ():
-            if killed < 2 and 'ray::crop_video' in ' '.join(p.cmdline()):
-                p.kill()
-                killed += 1
-    assert killed == 2 and job.wait(300) == 0
-    assert tree(dest) == tree(whole)
-    done = run('reid_detect', videos/'xx'/'yy'/f'xx+yy+{ids[0]}.mp4', '--dest', tmp_path/'found', '--engine', 'ray')
+    job = subprocess.Popen(cmd, stdout=subprocess.DEVNULL)
+    at_work = lambda: [p for p in psutil.Process().children(recursive=True) if 'ray::crop_video' in ' '.join(p.cmdline())]
+    while job.poll() is None and not (list(dest.glob('.part/*/*.jpg')) and len(at_work()) == 2): time.sleep(.05)
+    at_work()[0].kill()
+    time.sleep(1)
+    assert job.poll() is None
+    cluster.remove_node(second, allow_graceful=False)
+    assert job.wait(300) == 0 and tree(dest) == tree(whole)
+    first = videos/'xx'/'yy'/f'xx+yy+{ids[0]}.mp4'
+    done = run('reid_detect', first, '--dest', tmp_path/'found', '--engine', 'ray')
     assert done.returncode == 0, done.stderr
-    ds.detect(videos/'xx'/'yy'/f'xx+yy+{ids[0]}.mp4', tmp_path/'here')
+    ds.detect(first, tmp_path/'here')
     assert tree(tmp_path/'found') == tree(tmp_path/'here')
     site.files = {p.name: p.read_bytes() for p in videos.rglob('*.mp4')}
     vnames = listed(tmp_path/'l.txt', [f'xx+yy+{id}' for id in ids] + ['xx+yy+videoIsGone'])
     done = run(*fetching(vnames, tmp_path/'again', site, '--engine', 'ray'))
     assert done.returncode == 0, done.stderr
-    assert collections.Counter(states_of(tmp_path/'again').values()) == dict(done=4, removed=1)
+    assert collections.Counter(states_of(tmp_path/'again').values()) == dict(done=5, removed=1)
     assert {k: v for k, v in tree(tmp_path/'again').items() if k.endswith('.mp4')} == tree(videos)
-    videos.joinpath('xx', 'yy', f'xx+yy+{ids[0]}.mp4').write_bytes(b'no video')
+    first.write_bytes(b'no video')
     one_line(run('reid_extract', videos, dets, '--dest', dest, '--engine', 'ray'), '1 of 1', ids[0], 'broken')
+
+def test_without_ray_one_is_told_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    videos, dets = small_city(tmp_path)
+    with pytest.raises(ds.BadInput, match='reid_nb.ray'): ds.extract(videos, dets, tmp_path/'crops', engine='ray')
+    with pytest.raises(ds.BadInput, match='steam'): ds.extract(videos, dets, tmp_path/'crops', engine='steam')
 
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     videos, dets = small_city(tmp_path, ['videoNumbr1', 'videoNumbr2'])
