@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .dataset import (
-    BadInput, Dets, command, fail_together, find_pairs, fingerprint, median_frame, motion_boxes,
-    read_dets, read_frames, spread, write_dets, yolo_boxes)
+from .dataset import find_pairs, fingerprint, median_frame, motion_boxes, yolo_boxes
+from .detections import Dets, read_dets, write_dets
+from .jobs import command, fail_together, spread
 from .toy_city import atomic_write
+from .video import BadInput, read_frames
 
 # %% ../nbs/01b_align.ipynb #244a08a6
 def ious(
@@ -131,7 +132,7 @@ def align(
     workers:int=1, # Videos at the same time
     engine:str='local', # 'ray': on the machines of a Ray cluster, which share the folders
 )->list: # `verdicts(dest)`; `BadInput` for wrong paths and, at the end, for broken videos
-    "Check that detections fit their videos, mend height and frame numbers, refuse what does not fit."
+    "Check that detections fit their videos, mend height and frames, refuse what does not fit."
     if least is None: least = .3 if weights == 'motion' else .5
     if os.path.exists(weights): weights = os.path.abspath(weights)
     known, jobs = {v['video']: v['made_from'] for v in verdicts(dest)}, []
@@ -161,7 +162,8 @@ def show_verdicts(
     found:list, # From `verdicts`
 )->str: # One line a video
     "The verdicts as text."
-    form = '{video:<40}{state:<12}{lines:>5} lines{offset:>+4} frames  IoU {iou:.2f} of {boxes} boxes'
+    form = ('{video:<40}{state:<12}{lines:>5} lines{offset:>+4} frames  '
+            'IoU {iou:.2f} of {boxes} boxes')
     return '\n'.join(form.format(**v) for v in found)
 
 reid_align = command(align, show_verdicts)

@@ -346,7 +346,8 @@ def test_real_city_counts_add_up(real_crops):
         assert len(files) == c['crops'] == c['boxes'] - sum(c['dropped'].values()) == sum(c['tracks'].values())
         assert c['beyond'] == 0
     assert len(counts['v01']['tracks']) == 76 and '1,720 boxes = 1,720 crops + 0 dropped' in printed
-    assert cv2.imread(str(dest/'report.png')).shape[1] > 500 and cv2.imread(str(dest/'sheet.jpg')).shape == (1024, 896, 3)
+    assert cv2.imread(str(dest/'report.png')).shape[1] > 500
+    assert cv2.imread(str(dest/'sheet.jpg')).shape == (1024, 896, 3)
 
 @pytest.mark.long
 def test_real_crops_are_of_the_right_frame(real_crops, data):
@@ -421,9 +422,11 @@ def test_ray_does_the_same_and_loses_nothing_with_a_worker_or_a_machine(cluster,
     videos, dets = small_city(tmp_path, ids, 1500)
     whole, dest, second = tmp_path/'whole', tmp_path/'crops', cluster.add_node(num_cpus=1)
     ds.extract(videos, dets, whole, workers=1)
-    cmd = [Path(sys.executable).parent/'reid_extract', videos, dets, '--dest', dest, '--engine', 'ray', '--workers', '2']
+    exe, on_ray = Path(sys.executable).parent/'reid_extract', ['--engine', 'ray', '--workers', '2']
+    cmd = [exe, videos, dets, '--dest', dest, *on_ray]
     job = subprocess.Popen(cmd, stdout=subprocess.DEVNULL)
-    at_work = lambda: [p for p in psutil.Process().children(recursive=True) if 'ray::crop_video' in ' '.join(p.cmdline())]
+    at_work = lambda: [p for p in psutil.Process().children(recursive=True)
+                       if 'ray::crop_video' in ' '.join(p.cmdline())]
     while job.poll() is None and not (list(dest.glob('.part/*/*.jpg')) and len(at_work()) == 2): time.sleep(.05)
     at_work()[0].kill()
     time.sleep(1)
