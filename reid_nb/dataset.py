@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STATES', 'RETRY', 'MAX_BYTES', 'YTDLP', 'reid_download', 'Person', 'PEOPLE', 'reid_detect', 'Cut', 'reid_extract',
            'VideoName', 'read_vnames', 'open_census', 'census_table', 'state_of', 'sha256', 'remove_empty',
-           'video_facts', 'TooLarge', 'TooSlow', 'Stopped', 'Quiet', 'fetch', 'fetch_all', 'download', 'plot_census',
-           'show_census', 'yolo_boxes', 'shrink', 'median_frame', 'motion_boxes', 'detect_people', 'find_videos',
-           'detect_video', 'detect', 'fit_boxes', 'encode_jpeg', 'write_jpeg', 'cut_people', 'crop_video',
-           'crop_counts', 'find_pairs', 'fingerprint', 'extract', 'crop_sheet', 'plot_crops', 'show_crops',
-           'report_crops']
+           'video_facts', 'Quiet', 'TooLarge', 'TooSlow', 'Stopped', 'watcher', 'fetch', 'fetch_all', 'download',
+           'plot_census', 'show_census', 'yolo_boxes', 'shrink', 'median_frame', 'motion_boxes', 'detect_people',
+           'find_videos', 'detect_video', 'detect', 'fit_boxes', 'encode_jpeg', 'write_jpeg', 'cut_people',
+           'crop_video', 'crop_counts', 'find_pairs', 'fingerprint', 'extract', 'crop_sheet', 'plot_crops',
+           'show_crops', 'report_crops']
 
 # %% ../nbs/01_dataset.ipynb #4875b7bf
 import hashlib, io, json, os, re, shutil, sqlite3, sys, threading, time
@@ -157,13 +157,31 @@ YTDLP = dict(
     buffersize=4096, noresizebuffer=True,  # a hook is called after each block
     retry_sleep_functions={k: lambda n: min(2**n, 30) for k in ('http', 'fragment', 'extractor')})
 
-class TooLarge(Exception): "More than `MAX_BYTES`."
-class TooSlow(Exception): "Less than 1 kB a second."
-class Stopped(Exception): "The job ends; this video waits for the next one."
 class Quiet:
     "A logger for yt-dlp that drops all: what matters comes as an exception."
     def debug(self, message): return None
     info = warning = error = debug
+
+# %% ../nbs/01_dataset.ipynb #wat00878
+class TooLarge(Exception): "More than `MAX_BYTES`."
+class TooSlow(Exception): "Less than 1 kB a second."
+class Stopped(Exception): "The job ends; this video waits for the next one."
+
+def watcher(
+    window:float, # Seconds in which something must come
+    stop=None, # `threading.Event`: set it to end the download
+): # Function to be called by yt-dlp; raises `Stopped`, `TooLarge`, `TooSlow`
+    "Look after a download."
+    since, before = time.monotonic(), 0
+    def watch(now):
+        nonlocal since, before
+        n, t = now['downloaded_bytes'], time.monotonic() - since
+        if stop and stop.is_set(): raise Stopped
+        if max(n, now.get('total_bytes') or 0) > MAX_BYTES: raise TooLarge
+        if t > window:
+            if n - before < 1000*t and now['status'] == 'downloading': raise TooSlow
+            since, before = since + t, n
+    return watch
 
 # %% ../nbs/01_dataset.ipynb #76de601f
 def fetch(
@@ -172,21 +190,13 @@ def fetch(
     url:str, # Its address
     options:dict, # Of yt-dlp: retries, socket_timeout in seconds ...
     cookies:str='', # Text of a cookies file (Netscape form)
-    stop=None, # `threading.Event`: set to make a running download end
+    stop=None, # `threading.Event`: set it to end a running download
 )->dict: # state, and the facts or a note; raises `OSError` (full disk), `Stopped`
     "Fetch one video, unless it is there, and say what became of it."
     from yt_dlp import YoutubeDL
     from yt_dlp.utils import YoutubeDLError
     final, part = name.path(dest), Path(dest)/'.part'/f'{name.stem}.mp4'
-    since, before = time.monotonic(), 0
-    def watch(now):
-        nonlocal since, before
-        n, t = now['downloaded_bytes'], time.monotonic() - since
-        if stop and stop.is_set(): raise Stopped
-        if max(n, now.get('total_bytes') or 0) > MAX_BYTES: raise TooLarge
-        if t > 3*options['socket_timeout']:
-            if n - before < 1000*t and now['status'] == 'downloading': raise TooSlow
-            since, before = since + t, n
+    watch = watcher(3*options['socket_timeout'], stop)
     options = dict(YTDLP, **options, outtmpl=str(part).replace('%', '%%'), logger=Quiet(),
                    progress_hooks=[watch], cookiefile=io.StringIO(cookies) if cookies else None)
     try:
@@ -214,7 +224,7 @@ def fetch_all(
     engine:str='local', # Where they are fetched: on this machine, or by 'ray'
 ): # Raises `BadInput` after three bot checks in a row, and what `fetch` raises
     "Fetch videos side by side and enter each result."
-    stop, bots, pool = threading.Event(), 0, ThreadPoolExecutor(workers)
+    stop, bots, pool = threading.Event(), 0, ThreadPoolExecutor(max(1, workers))
     fetch_one = on_ray(fetch, stop) if engine == 'ray' else partial(fetch, stop=stop)
     try:
         names = {pool.submit(fetch_one, *job): job[0].stem for job in jobs}
@@ -473,7 +483,7 @@ def write_jpeg(
 # %% ../nbs/01_dataset.ipynb #45c2d22e
 Cut = namedtuple('Cut', 'name pid box why rgb beyond')
 Cut.__doc__ = """What became of a box: the crop's name, its track, x1,y1,x2,y2 inside the frame, ''
-or why it is dropped, the picture (a view of the frame) or None, and does it reach past the frame?"""
+or why it is dropped, the picture (a view of the frame) or None, does it reach past the frame?"""
 
 def cut_people(
     video, # Path of a video
