@@ -491,19 +491,20 @@ def cut_people(
     **limits, # Of `fit_boxes`
 ): # Yields a `Cut` for each box, in the order of the frames; may raise `BadInput`
     "Cut the people out of a video, in one pass that decodes only what it needs."
-    name = '{:06d}_{:07d}_{:02d}'.format
-    i = -1
+    i, shape, name = -1, None, '{:06d}_{:07d}_{:02d}'.format
     for i, rgb in read_frames(video, d.frame.tolist()):
-        rows, (h, w) = slice(*np.searchsorted(d.frame, [i, i + 1])), rgb.shape[:2]
-        raw, taken = d.box[rows]*(h/d.height if d.height else 1), set()
-        beyond = (raw > 1.05*np.array([w, h, w, h])).any(1)
-        fitted = zip(d.pid[rows], d.obj[rows], *fit_boxes(raw, h, w, **limits), beyond)
-        for pid, obj, box, why, past in fitted:
-            stem, (x1, y1, x2, y2) = name(pid, i, obj), box.tolist()
-            why = str(why) or ('repeated' if stem in taken else '')
+        if rgb.shape != shape:  # at the first frame, and where a film changes its size
+            shape, (h, w) = rgb.shape, rgb.shape[:2]
+            raw = d.box*(h/d.height if d.height else 1)
+            beyond = (raw > 1.05*np.array([w, h, w, h])).any(1).tolist()
+            boxes, reasons = (x.tolist() for x in fit_boxes(raw, h, w, **limits))
+        taken = set()
+        for k in range(*np.searchsorted(d.frame, [i, i + 1])):
+            stem, (x1, y1, x2, y2) = name(d.pid[k], i, d.obj[k]), boxes[k]
+            why = reasons[k] or ('repeated' if stem in taken else '')
             if not why: taken.add(stem)
             crop = None if why else rgb[y1:y2, x1:x2]
-            yield Cut(stem, int(pid), (x1, y1, x2, y2), why, crop, bool(past))
+            yield Cut(stem, int(d.pid[k]), (x1, y1, x2, y2), why, crop, beyond[k])
     for k in np.flatnonzero(d.frame > i):
         stem = name(d.pid[k], d.frame[k], d.obj[k])
         yield Cut(stem, int(d.pid[k]), (0, 0, 0, 0), 'no frame', None, False)
