@@ -129,7 +129,7 @@ def align(
     weights:str='motion', # Ultralytics weights (path, name), or 'motion' for fixed cameras
     least:float=None, # Least mean IoU; below it a video is refused (default: .5, with motion .3)
     frames:int=40, # Frames to look at in each video, each with two before and two after it
-    workers:int=1, # Videos at the same time
+    workers:int=None, # Videos at the same time (default: 1; with Ray up to 64)
     engine:str='local', # 'ray': on the machines of a Ray cluster, which share the folders
 )->list: # `verdicts(dest)`; `BadInput` for wrong paths and, at the end, for broken videos
     "Check that detections fit their videos, mend height and frames, refuse what does not fit."

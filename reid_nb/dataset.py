@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from .detections import Dets, read_dets, safe_load, write_dets
-from .jobs import command, fail_together, on_ray, spread
+from .jobs import check_engine, command, fail_together, on_ray, spread
 from .toy_city import atomic_write
 from .video import BadInput, read_frames
 
@@ -162,7 +162,7 @@ class Quiet:
     def debug(self, message): return None
     info = warning = error = debug
 
-# %% ../nbs/01_dataset.ipynb #wat00878
+# %% ../nbs/01_dataset.ipynb #b9075fc7
 class TooLarge(Exception): "More than `MAX_BYTES`."
 class TooSlow(Exception): "Less than 1 kB a second."
 class Stopped(Exception): "The job ends; this video waits for the next one."
@@ -257,6 +257,7 @@ def download(
     census:bool=False, # Fetch nothing: only show the state of the list, and draw it in census.png
 )->list: # `census_table(dest)`; `BadInput` (list, url, cookies, bot checks), `OSError` (disk)
     "Fetch the videos of a list that are not there yet, and say what came of every line."
+    check_engine(engine)
     names, bad = read_vnames(vnames)
     for n, text in bad[:20]: print(f'{vnames}, line {n}: skipped: {text!r}', file=sys.stderr)
     try:
@@ -425,13 +426,13 @@ def detect_video(
     write_dets(pkl, Dets('LUPerson-NL', *cols, facts['height'], facts['fps']))
     return pkl
 
-# %% ../nbs/01_dataset.ipynb #spl00023
+# %% ../nbs/01_dataset.ipynb #ef55f688
 def detect(
     videos:str, # A video, or a folder of videos named `country+city+id`
     dest:str='dets', # Folder for the pickles, one a video
     weights:str='motion', # Ultralytics weights (path, name), or 'motion' for fixed cameras
     every:int=1, # Keep the boxes of each n-th frame
-    workers:int=1, # Videos at the same time
+    workers:int=None, # Videos at the same time (default: 1; with Ray up to 64)
     engine:str='local', # 'ray': on the machines of a Ray cluster, which share the folders
 )->list: # The pickles written now; `BadInput`, at the end, when there were broken videos
     "Find the people in the videos that have no detections yet."
@@ -566,12 +567,12 @@ def fingerprint(video, pkl):
     "What tells the inputs of one video from others"
     return dict(bytes=Path(video).stat().st_size, dets=sha256(pkl))
 
-# %% ../nbs/01_dataset.ipynb #spl00025
+# %% ../nbs/01_dataset.ipynb #2bd2972a
 def extract(
     videos:str, # A video, or a folder of videos named `country+city+id`
     dets:str, # Folder of their detections, `country+city+id.pkl`
     dest:str='crops', # Folder to fill: `<country>/<city>/<id>/<pid>_<frame>_<obj>.jpg`
-    workers:int=None, # Videos at the same time (default: as many as this machine has cores)
+    workers:int=None, # Videos at the same time (default: one a core; with Ray up to 64)
     engine:str='local', # 'ray': on the machines of a Ray cluster, which share the folders
     quality:int=95, # Of the JPEG, 1 to 100
     min_height:int=32, # Least height of a crop, in pixels
@@ -586,13 +587,14 @@ def extract(
     jobs = [(name, video, pkl, Path(dest), options, fingerprint(video, pkl))
             for name, video, pkl in find_pairs(videos, dets)]
     todo = [job for job in jobs if known.get(job[0].stem) != job[-2] | job[-1]]
-    try: _, failed = spread(crop_video, todo, workers or os.cpu_count(), engine, 'extract')
+    if engine == 'local': workers = workers or os.cpu_count()
+    try: _, failed = spread(crop_video, todo, workers, engine, 'extract')
     finally: remove_empty(Path(dest)/'.part')
     if report: report_crops(dest)
     fail_together(failed, len(todo))
     return crop_counts(dest)
 
-# %% ../nbs/01_dataset.ipynb #new90001
+# %% ../nbs/01_dataset.ipynb #457b6e9a
 def crop_sheet(
     dest, # Folder of the crops
     n:int=28, # How many, evenly spread over all videos

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PlainUnpickler', 'safe_load', 'Dets', 'read_dets', 'write_dets']
 
-# %% ../nbs/00d_detections.ipynb #spl00006
+# %% ../nbs/00d_detections.ipynb #239018fc
 import pickle, re
 from dataclasses import dataclass
 

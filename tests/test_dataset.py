@@ -452,6 +452,8 @@ def test_without_ray_one_is_told_how_to_get_it(tmp_path, monkeypatch):
     videos, dets = small_city(tmp_path)
     with pytest.raises(ds.BadInput, match='reid_nb.ray'): ds.extract(videos, dets, tmp_path/'crops', engine='ray')
     with pytest.raises(ds.BadInput, match='steam'): ds.extract(videos, dets, tmp_path/'crops', engine='steam')
+    vnames = listed(tmp_path/'l.txt', ['xx+yy+videoNumbr1'])
+    with pytest.raises(ds.BadInput, match='steam'): ds.download(vnames, tmp_path/'videos', engine='steam')
 
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     videos, dets = small_city(tmp_path, ['videoNumbr1', 'videoNumbr2'])
