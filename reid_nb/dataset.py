@@ -4,72 +4,34 @@
 
 # %% auto #0
 __all__ = ['STATES', 'RETRY', 'MAX_BYTES', 'YTDLP', 'reid_download', 'Person', 'PEOPLE', 'reid_detect', 'Cut', 'reid_extract',
-           'BadInput', 'spell', 'command', 'VideoName', 'read_vnames', 'open_census', 'census_table', 'read_frames',
-           'state_of', 'sha256', 'remove_empty', 'video_facts', 'TooLarge', 'Stopped', 'Quiet', 'fetch', 'fetch_all',
-           'download', 'plot_census', 'show_census', 'PlainUnpickler', 'safe_load', 'Dets', 'read_dets', 'yolo_boxes',
-           'shrink', 'median_frame', 'motion_boxes', 'detect_people', 'find_videos', 'fail_together', 'detect',
-           'fit_boxes', 'encode_jpeg', 'write_jpeg', 'cut_people', 'crop_video', 'crop_counts', 'follow_parent',
-           'crop_all', 'find_pairs', 'fingerprint', 'extract', 'plot_crops', 'show_crops', 'report_crops']
+           'VideoName', 'read_vnames', 'open_census', 'census_table', 'state_of', 'sha256', 'remove_empty',
+           'video_facts', 'Quiet', 'TooLarge', 'TooSlow', 'Stopped', 'watcher', 'fetch', 'fetch_all', 'download',
+           'plot_census', 'show_census', 'yolo_boxes', 'shrink', 'median_frame', 'motion_boxes', 'detect_people',
+           'find_videos', 'detect_video', 'detect', 'fit_boxes', 'encode_jpeg', 'write_jpeg', 'cut_people',
+           'crop_video', 'crop_counts', 'find_pairs', 'fingerprint', 'extract', 'crop_sheet', 'plot_crops',
+           'show_crops', 'report_crops']
 
 # %% ../nbs/01_dataset.ipynb #4875b7bf
-import argparse, hashlib, inspect, io, json, multiprocessing, os, pickle, re, shutil, signal, sqlite3
-import sys, threading
+import hashlib, io, json, os, re, shutil, sqlite3, sys, threading, time
 from collections import Counter, namedtuple
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import av
 import cv2
-import lmdb
 import numpy as np
-from fastcore.script import anno_parser
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from .detections import Dets, read_dets, safe_load, write_dets
+from .jobs import check_engine, command, fail_together, on_ray, spread
 from .toy_city import atomic_write
-
-# %% ../nbs/01_dataset.ipynb #99272d94
-class BadInput(Exception):
-    "Something the caller can put right. The message is one line: what, where, what to do."
-
-# %% ../nbs/01_dataset.ipynb #05ebebed
-def spell(parser, word):
-    "`--a_b` and `--a-b` are one option, whichever of them this version of fastcore makes"
-    name, equals, value = word.partition('=')
-    known = {o for action in parser._actions for o in action.option_strings}
-    for v in (name, name.replace('_', '-'), '--' + name[2:].replace('-', '_')):
-        if word.startswith('--') and v in known: return v + equals + value
-    return word
-
-def command(
-    f, # The function to offer as a command; its docments become the `--help`
-    show=None, # Makes the text to print of what `f` returns; prints nothing where it is None
-    word:str=None, # Name of an option that may also be given as a bare word
-): # Reads the command line when a console script calls it, and is `f` otherwise
-    "Give a function a face on the command line."
-    @wraps(f)
-    def _f(*args, **kwargs):
-        caller, name = inspect.currentframe().f_back, Path(sys.argv[0]).stem
-        where = caller.f_code.co_name, caller.f_globals['__name__'], '__file__' in caller.f_globals
-        if args or kwargs or where != ('<module>', '__main__', True): return f(*args, **kwargs)
-        parser = anno_parser(f, prog=name)
-        if word: parser.add_argument(word, nargs='?', default=argparse.SUPPRESS, help=f'the same as --{word}')
-        given = vars(parser.parse_args([spell(parser, w) for w in sys.argv[1:]]))
-        try:
-            result = f(**{k: v for k, v in given.items() if k not in ('pdb', 'xtra')})
-            if show: print(show(result))
-        except (BadInput, OSError, sqlite3.Error, lmdb.Error) as e:
-            print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print(f'{name}: stopped; the same command goes on from here', file=sys.stderr)
-            sys.exit(130)
-    return _f
+from .video import BadInput, read_frames
 
 # %% ../nbs/01_dataset.ipynb #07480977
 @dataclass(frozen=True)
@@ -138,24 +100,6 @@ def census_table(
         """SELECT state, count(*), count(*)*1.0/(SELECT count(*) FROM videos), total(bytes)/1e9,
         total(frames/nullif(fps, 0))/3600 FROM videos GROUP BY state ORDER BY 2 DESC""").fetchall()
 
-# %% ../nbs/01_dataset.ipynb #74974b20
-def read_frames(
-    video, # Path of a video file
-): # Yields (frame index from 0, RGB uint8 [H,W,3]); `BadInput` when the file is missing or broken
-    "All frames of a video in order, upright, in one sequential decode."
-    if not Path(video).is_file(): raise BadInput(f'{video}: no such video file')
-    try:
-        with av.open(str(video)) as f:
-            if not f.streams.video: raise BadInput(f'{video}: holds no video stream')
-            f.streams.video[0].codec_context.thread_count = 1
-            i = -1
-            for i, frame in enumerate(f.decode(video=0)):
-                rgb = np.rot90(frame.to_ndarray(format='rgb24'), frame.rotation//90)
-                yield i, np.ascontiguousarray(rgb)
-            if i < 0: raise BadInput(f'{video}: not one frame in it: fetch it again')
-    except av.FFmpegError as e:
-        raise BadInput(f'{video}: broken video ({e.strerror}): fetch it again') from None
-
 # %% ../nbs/01_dataset.ipynb #552961b9
 STATES = {'disk full': r'No space left',
           'bot check': r'not a bot|HTTP Error 429|rate-limited',
@@ -163,8 +107,10 @@ STATES = {'disk full': r'No space left',
           'region-locked': r'your country|your location|geo.?restrict|HTTP Error 451',
           'private': r'private|members|log ?in|sign in|HTTP Error 40[13]',
           'no format': r'format is not available|No video formats|Unsupported URL',
-          'removed': r'removed|terminated|unavailable|no longer|not available|HTTP Error 4(04|10)',
-          'network': r'timed out|HTTP Error 5|connect|resol|bytes read|data blocks|Incomplete|SSL'}
+          'removed': r'removed|terminated|(?<!service )unavailable|no longer|not available'
+                     r'|HTTP Error 4(04|10)',
+          'network': r'timed out|redirect|HTTP Error (408|5)|connect|resol|bytes read|data blocks'
+                     r'|Incomplete|SSL'}
 RETRY = {'waiting', 'network', 'bot check', 'broken', 'other'}
 
 def state_of(
@@ -207,43 +153,61 @@ MAX_BYTES = 500_000_000
 YTDLP = dict(
     format='bv[ext=mp4][height<=?720][filesize<?500M]/b[ext=mp4][height<=?720][filesize<?500M]',
     format_sort=['res:720', 'vcodec:h264'], noplaylist=True, cachedir=False, updatetime=False,
-    quiet=True, no_warnings=True, noprogress=True, socket_timeout=20, continuedl=True,
-    retries=3, fragment_retries=3, extractor_retries=2, file_access_retries=0,
+    quiet=True, no_warnings=True, noprogress=True, continuedl=True, file_access_retries=0,
+    buffersize=4096, noresizebuffer=True,  # a hook is called after each block
     retry_sleep_functions={k: lambda n: min(2**n, 30) for k in ('http', 'fragment', 'extractor')})
 
-class TooLarge(Exception): "More than `MAX_BYTES`."
-class Stopped(Exception): "The job ends; this video waits for the next one."
 class Quiet:
     "A logger for yt-dlp that drops all: what matters comes as an exception."
     def debug(self, message): return None
     info = warning = error = debug
+
+# %% ../nbs/01_dataset.ipynb #b9075fc7
+class TooLarge(Exception): "More than `MAX_BYTES`."
+class TooSlow(Exception): "Less than 1 kB a second."
+class Stopped(Exception): "The job ends; this video waits for the next one."
+
+def watcher(
+    window:float, # Seconds in which something must come
+    stop=None, # `threading.Event`: set it to end the download
+): # Function to be called by yt-dlp; raises `Stopped`, `TooLarge`, `TooSlow`
+    "Look after a download."
+    since, before = time.monotonic(), 0
+    def watch(now):
+        nonlocal since, before
+        n, t = now['downloaded_bytes'], time.monotonic() - since
+        if stop and stop.is_set(): raise Stopped
+        if max(n, now.get('total_bytes') or 0) > MAX_BYTES: raise TooLarge
+        if t > window:
+            if n - before < 1000*t and now['status'] == 'downloading': raise TooSlow
+            since, before = since + t, n
+    return watch
 
 # %% ../nbs/01_dataset.ipynb #76de601f
 def fetch(
     name:VideoName, # The video
     dest, # Folder of the videos
     url:str, # Its address
-    stop:threading.Event, # Set to make a running download end
-    pause:float=0, # Seconds to wait before the download, up to twice as many
+    options:dict, # Of yt-dlp: retries, socket_timeout in seconds ...
     cookies:str='', # Text of a cookies file (Netscape form)
+    stop=None, # `threading.Event`: set it to end a running download
 )->dict: # state, and the facts or a note; raises `OSError` (full disk), `Stopped`
     "Fetch one video, unless it is there, and say what became of it."
-    from yt_dlp import DownloadError, YoutubeDL
+    from yt_dlp import YoutubeDL
+    from yt_dlp.utils import YoutubeDLError
     final, part = name.path(dest), Path(dest)/'.part'/f'{name.stem}.mp4'
-    def watch(now):
-        if stop.is_set(): raise Stopped
-        if max(now['downloaded_bytes'], now.get('total_bytes') or 0) > MAX_BYTES: raise TooLarge
-    options = dict(YTDLP, outtmpl=str(part).replace('%', '%%'), progress_hooks=[watch],
-                   logger=Quiet(), cookiefile=io.StringIO(cookies) if cookies else None,
-                   sleep_interval=pause, max_sleep_interval=2*pause)
+    watch = watcher(3*options['socket_timeout'], stop)
+    options = dict(YTDLP, **options, outtmpl=str(part).replace('%', '%%'), logger=Quiet(),
+                   progress_hooks=[watch], cookiefile=io.StringIO(cookies) if cookies else None)
     try:
         if not final.is_file():
             with YoutubeDL(options) as ydl: ydl.extract_info(url)
         facts = video_facts(final if final.is_file() else part)
-    except DownloadError as e:
+    except (YoutubeDLError, ValueError) as e:  # ValueError: a server's headers make no sense
         state, note = state_of(str(e)), ' '.join(str(e).split())[:300]
         if state == 'disk full': raise OSError(f'{dest}: disk full: make room there') from None
         return dict(state=state, note=note)
+    except TooSlow: return dict(state='network', note=TooSlow.__doc__)
     except (TooLarge, BadInput) as e:
         for path in part.parent.glob(f'{part.name}*'): path.unlink()
         return dict(state='broken' if isinstance(e, BadInput) else 'too large', note=str(e))
@@ -251,22 +215,24 @@ def fetch(
     if part.is_file(): os.replace(part, final)
     return dict(state='done', **facts)
 
+
 # %% ../nbs/01_dataset.ipynb #fb3202e7
 def fetch_all(
-    names:list, # `VideoName` of the videos to fetch
-    fetch_one, # Function of a name and of an Event to stop at; returns what `fetch` does
+    jobs:list, # Arguments of `fetch`, one tuple a video
     db:sqlite3.Connection, # The ledger
     workers:int=4, # Videos at the same time
-): # Raises `BadInput` after three bot checks in a row, and what `fetch_one` raises
+    engine:str='local', # Where they are fetched: on this machine, or by 'ray'
+): # Raises `BadInput` after three bot checks in a row, and what `fetch` raises
     "Fetch videos side by side and enter each result."
-    stop, bots, pool = threading.Event(), 0, ThreadPoolExecutor(workers)
+    stop, bots, pool = threading.Event(), 0, ThreadPoolExecutor(max(1, workers))
+    fetch_one = on_ray(fetch, stop) if engine == 'ray' else partial(fetch, stop=stop)
     try:
-        jobs = {pool.submit(fetch_one, name, stop): name.stem for name in names}
-        for job in tqdm(as_completed(jobs), 'download', len(jobs), disable=None):
+        names = {pool.submit(fetch_one, *job): job[0].stem for job in jobs}
+        for job in tqdm(as_completed(names), 'download', len(names), disable=None):
             row = dict.fromkeys('height fps frames bytes digest note'.split()) | job.result()
             with db: db.execute(
                 'UPDATE videos SET (height, fps, frames, bytes, digest, note, state)'
-                '= (?,?,?,?,?,?,?) WHERE name = ?', [*row.values(), jobs[job]])
+                '= (?,?,?,?,?,?,?) WHERE name = ?', [*row.values(), names[job]])
             bots = bots + 1 if row['state'] == 'bot check' else 0
             if bots == 3: raise BadInput(
                 'the site asked three times in a row whether we are a robot: wait some hours, '
@@ -275,6 +241,7 @@ def fetch_all(
         stop.set()
         pool.shutdown(cancel_futures=True)
 
+
 # %% ../nbs/01_dataset.ipynb #541de766
 def download(
     vnames:str, # The list, one `country+city+id` a line
@@ -282,10 +249,15 @@ def download(
     url:str='https://www.youtube.com/watch?v={id}', # Address; may use {id} {stem} {country} {city}
     workers:int=4, # Videos fetched at the same time
     pause:float=3, # Seconds each waits before it fetches, up to twice as many
+    rate:float=None, # MB a second, at most, for each of them
+    retries:int=3, # Tries after a connection broke, with waits of 1, 2, 4 ... 30 seconds
+    timeout:float=20, # Seconds without a byte after which a connection is broken
     cookies:str=None, # Cookies file of a browser that is signed in (Netscape form)
+    engine:str='local', # 'ray': fetch on the machines of a Ray cluster, into a folder they share
     census:bool=False, # Fetch nothing: only show the state of the list, and draw it in census.png
 )->list: # `census_table(dest)`; `BadInput` (list, url, cookies, bot checks), `OSError` (disk)
     "Fetch the videos of a list that are not there yet, and say what came of every line."
+    check_engine(engine)
     names, bad = read_vnames(vnames)
     for n, text in bad[:20]: print(f'{vnames}, line {n}: skipped: {text!r}', file=sys.stderr)
     try:
@@ -293,13 +265,15 @@ def download(
         jar = Path(cookies).read_text() if cookies else ''
     except (LookupError, ValueError): raise BadInput(f'{url}: not an address with {{id}}') from None
     except OSError: raise BadInput(f'{cookies}: no such cookies file') from None
+    options = dict(sleep_interval=pause, max_sleep_interval=2*pause, socket_timeout=timeout,
+                   ratelimit=rate and rate*1e6, retries=retries, fragment_retries=retries)
     again = RETRY | ({'age-gated', 'private'} if jar else set())
     with closing(open_census(dest, vnames)) as db:
         known = dict(db.execute('SELECT name, state FROM videos'))
         todo = [name for name in names if known[name.stem] in again
                 or known[name.stem] == 'done' and not name.path(dest).is_file()]
-        fetch_one = lambda name, stop: fetch(name, dest, urls[name], stop, pause, jar)
-        try: fetch_all([] if census else todo, fetch_one, db, workers)
+        jobs = [(name, os.path.abspath(dest), urls[name], options, jar) for name in todo]
+        try: fetch_all([] if census else jobs, db, workers, engine)
         finally: remove_empty(Path(dest)/'.part')
     if census: plot_census(dest).savefig(Path(dest)/'census.png', dpi=150)
     return census_table(dest)
@@ -332,75 +306,6 @@ def show_census(
     return '\n'.join('{:<14}{:>8,}{:>8.1%}{:>9.3f} GB{:>9.2f} hours'.format(*row) for row in rows)
 
 reid_download = command(download, show_census)
-
-# %% ../nbs/01_dataset.ipynb #aca46c98
-class PlainUnpickler(pickle.Unpickler):
-    "Unpickles dict, list, tuple, str, numbers and arrays of them; refuses every other name."
-    def find_class(self, module, name):
-        names = {'numpy.dtype': self.dtype, 'numpy.ndarray': 'ndarray',
-                 'numpy.core.multiarray._reconstruct': self.array,
-                 'numpy.core.multiarray.scalar': self.scalar,
-                 'numpy.core.numeric._frombuffer': self.buffer,
-                 '_codecs.encode': self.encode, 'builtins.bytes': self.encode}
-        full = f'{module}.{name}'.replace('numpy._core.', 'numpy.core.')
-        full = full.replace('__builtin__.', 'builtins.')
-        if full in names: return names[full]
-        raise pickle.UnpicklingError(f'asks for {full}, which is not on the list')
-
-    def dtype(self, kind, *_):
-        if re.fullmatch(r'[<>=|]?[?biufSU]\d*', kind): return np.dtype(kind, copy=True)
-        raise pickle.UnpicklingError(f'asks for an array of {kind!r}')
-    def array(self, *_): return np.ndarray(0, np.int8)  # the pickle sets its state next
-    def scalar(self, dtype, raw): return np.frombuffer(self.encode(raw), dtype, 1)[0]
-    def buffer(self, raw, dtype, shape, order):
-        return np.frombuffer(raw, dtype).reshape(shape, order=order)
-    def encode(self, text='', *_):
-        return text if isinstance(text, bytes) else text.encode('latin1')
-
-# %% ../nbs/01_dataset.ipynb #59a9a65b
-def safe_load(
-    path, # A pickle from anywhere
-): # What it holds; `BadInput` when it asks for more than plain data and arrays, or is broken
-    "Read a pickle without running anything of it."
-    try:
-        with open(path, 'rb') as f: return PlainUnpickler(f, encoding='latin1').load()
-    except OSError: raise BadInput(f'{path}: no such file that can be read') from None
-    except Exception as e: raise BadInput(f'{path}: not a pickle of plain data: {e}') from None
-
-# %% ../nbs/01_dataset.ipynb #8d49d0a4
-@dataclass
-class Dets:
-    "The detections of one video, one row a box, ordered by frame."
-    form:str          # 'LUPerson' or 'LUPerson-NL'
-    frame:np.ndarray  # int64[n], from 0
-    obj:np.ndarray    # int64[n], number of the box in its frame
-    pid:np.ndarray    # int64[n], the tracker's number of the person; 0 where the form has none
-    box:np.ndarray    # float32[n,4], x1,y1,x2,y2 in pixels
-    conf:np.ndarray   # float32[n], 0..1
-    height:int=None   # Of the video that was detected on, where the file says it
-    fps:float=None    # Likewise
-
-# %% ../nbs/01_dataset.ipynb #94495824
-def read_dets(
-    path, # Pickle of one video, in the form of LUPerson, of LUPerson-NL, or of `detect`
-)->Dets: # May raise `BadInput`
-    "Read detections into one form, whichever they come in."
-    raw = safe_load(path)
-    try:
-        height, fps = raw.pop('height', None), raw.pop('fps', None)
-        rows = [(int(i), int(obj), d) for i, objs in raw.items() for obj, d in objs]
-        rows.sort(key=lambda row: row[:2])
-        nl = not rows or 'pid' in rows[0][2]
-        ids = [(i - (not nl), obj, d['pid'] if nl else 0) for i, obj, d in rows]
-        ids = np.array(ids, np.int64).reshape(-1, 3)
-        box = np.array([d['bbox'] for *_, d in rows], np.float32).reshape(len(rows), 4)
-        conf = np.array([d['conf'] for *_, d in rows], np.float32).reshape(len(rows))
-        height, fps = height and int(height), fps and float(fps)
-    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as e:
-        raise BadInput(f'{path}: not in the form of LUPerson: {e!r}') from None
-    if ids.size and not 0 <= ids.min() <= ids.max() < 2**31 or (height or 1) < 1:
-        raise BadInput(f'{path}: a frame, number or height that cannot be')
-    return Dets('LUPerson-NL' if nl else 'LUPerson', *ids.T, box, conf, height, fps)
 
 # %% ../nbs/01_dataset.ipynb #7b7edb25
 Person = namedtuple('Person', 'track box conf')  # int, float32[4] x1,y1,x2,y2 in pixels, float 0..1
@@ -505,36 +410,36 @@ def find_videos(
     if not found: raise BadInput(f'{root}: no video in it that is named country+city+id.mp4')
     return found
 
-def fail_together(
-    failed:list, # Messages of the videos that failed
-    n:int, # How many there were
-): # Raises `BadInput` when there was a failure
-    "End a job in which some videos failed."
-    if failed: raise BadInput(f'{len(failed)} of {n} videos failed, the first: {failed[0]}')
 
 # %% ../nbs/01_dataset.ipynb #d08d895c
+def detect_video(
+    video, # Path of a video
+    pkl, # File to make
+    weights:str, # As for `detect_people`
+    every:int=1, # Keep the boxes of each n-th frame
+)->Path: # `pkl`; may raise `BadInput`, and then leaves nothing
+    "Write the detections of one video, in the LUPerson-NL form with height and fps added."
+    facts = video_facts(video)
+    rows = [(i, k, p.track, p.box, p.conf) for i, _, people in detect_people(video, weights)
+            if i % every == 0 for k, p in enumerate(people)]
+    cols = zip(*rows) if rows else [()]*5
+    write_dets(pkl, Dets('LUPerson-NL', *cols, facts['height'], facts['fps']))
+    return pkl
+
+# %% ../nbs/01_dataset.ipynb #ef55f688
 def detect(
     videos:str, # A video, or a folder of videos named `country+city+id`
     dest:str='dets', # Folder for the pickles, one a video
     weights:str='motion', # Ultralytics weights (path, name), or 'motion' for fixed cameras
     every:int=1, # Keep the boxes of each n-th frame
+    workers:int=None, # Videos at the same time (default: 1; with Ray up to 64)
+    engine:str='local', # 'ray': on the machines of a Ray cluster, which share the folders
 )->list: # The pickles written now; `BadInput`, at the end, when there were broken videos
     "Find the people in the videos that have no detections yet."
-    todo = {Path(dest)/f'{name.stem}.pkl': path for name, path in find_videos(videos).items()}
-    todo = {pkl: video for pkl, video in todo.items() if not pkl.exists()}
-    written, failed = [], []
-    for pkl, video in tqdm(todo.items(), 'detect', disable=None):
-        try:
-            facts = video_facts(video)
-            found = {i: [[k, dict(bbox=p.box, conf=p.conf, pid=p.track)]
-                         for k, p in enumerate(people)]
-                     for i, _, people in detect_people(video, weights)
-                     if people and i % every == 0}
-        except BadInput as e: failed.append(str(e))
-        else:
-            with atomic_write(pkl, 'wb') as f:
-                pickle.dump(dict(found, height=facts['height'], fps=facts['fps']), f)
-            written.append(pkl)
+    if os.path.exists(weights): weights = os.path.abspath(weights)
+    todo = [(path, Path(dest)/f'{name.stem}.pkl') for name, path in find_videos(videos).items()]
+    todo = [(path, pkl, weights, every) for path, pkl in todo if not pkl.exists()]
+    written, failed = spread(detect_video, todo, workers, engine, 'detect')
     fail_together(failed, len(todo))
     return written
 
@@ -578,27 +483,29 @@ def write_jpeg(
 
 # %% ../nbs/01_dataset.ipynb #45c2d22e
 Cut = namedtuple('Cut', 'name pid box why rgb beyond')
-Cut.__doc__ = """What became of a box: the crop's name, its track, x1,y1,x2,y2 inside the frame, '' or
-why it is dropped, the picture (a view of the frame) or None, and does it reach past the frame?"""
+Cut.__doc__ = """What became of a box: the crop's name, its track, x1,y1,x2,y2 inside the frame, ''
+or why it is dropped, the picture (a view of the frame) or None, does it reach past the frame?"""
 
 def cut_people(
     video, # Path of a video
     d:Dets, # Its detections
     **limits, # Of `fit_boxes`
 ): # Yields a `Cut` for each box, in the order of the frames; may raise `BadInput`
-    "Cut the people out of a video, in one pass."
-    name = '{:06d}_{:07d}_{:02d}'.format
-    for i, rgb in islice(read_frames(video), int(d.frame.max(initial=0)) + 1):
-        rows, (h, w) = slice(*np.searchsorted(d.frame, [i, i + 1])), rgb.shape[:2]
-        raw, taken = d.box[rows]*(h/d.height if d.height else 1), set()
-        beyond = (raw > 1.05*np.array([w, h, w, h])).any(1)
-        fitted = zip(d.pid[rows], d.obj[rows], *fit_boxes(raw, h, w, **limits), beyond)
-        for pid, obj, box, why, past in fitted:
-            stem, (x1, y1, x2, y2) = name(pid, i, obj), box.tolist()
-            why = str(why) or ('repeated' if stem in taken else '')
+    "Cut the people out of a video, in one pass that decodes only what it needs."
+    i, shape, name = -1, None, '{:06d}_{:07d}_{:02d}'.format
+    for i, rgb in read_frames(video, d.frame.tolist()):
+        if rgb.shape != shape:  # at the first frame, and where a film changes its size
+            shape, (h, w) = rgb.shape, rgb.shape[:2]
+            raw = d.box*(h/d.height if d.height else 1)
+            beyond = (raw > 1.05*np.array([w, h, w, h])).any(1).tolist()
+            boxes, reasons = (x.tolist() for x in fit_boxes(raw, h, w, **limits))
+        taken = set()
+        for k in range(*np.searchsorted(d.frame, [i, i + 1])):
+            stem, (x1, y1, x2, y2) = name(d.pid[k], i, d.obj[k]), boxes[k]
+            why = reasons[k] or ('repeated' if stem in taken else '')
             if not why: taken.add(stem)
             crop = None if why else rgb[y1:y2, x1:x2]
-            yield Cut(stem, int(pid), (x1, y1, x2, y2), why, crop, bool(past))
+            yield Cut(stem, int(d.pid[k]), (x1, y1, x2, y2), why, crop, beyond[k])
     for k in np.flatnonzero(d.frame > i):
         stem = name(d.pid[k], d.frame[k], d.obj[k])
         yield Cut(stem, int(d.pid[k]), (0, 0, 0, 0), 'no frame', None, False)
@@ -643,32 +550,6 @@ def crop_counts(
     "What became of the boxes of each video."
     return [json.loads(path.read_text()) for path in sorted(Path(dest).glob('*/*/*/counts.json'))]
 
-# %% ../nbs/01_dataset.ipynb #f2deaad6
-def follow_parent():
-    "Make this worker process end with its parent, and at once on Ctrl-C."
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    cv2.setNumThreads(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-def crop_all(
-    jobs:list, # Arguments of `crop_video`, one tuple a video
-    workers:int, # Processes; with 1 the work is done in this one
-)->list: # Messages of the videos that failed; raises `OSError` (full disk)
-    "Cut the crops of several videos side by side."
-    failed, spawn = [], multiprocessing.get_context('spawn')
-    if min(workers, len(jobs)) <= 1: pool = ThreadPoolExecutor(1)
-    else: pool = ProcessPoolExecutor(min(workers, len(jobs)), spawn, follow_parent)
-    try:
-        futures = [pool.submit(crop_video, *job) for job in jobs]
-        for future in tqdm(as_completed(futures), 'extract', len(jobs), disable=None):
-            try: future.result()
-            except (BadInput, BrokenExecutor) as e: failed.append(str(e))
-    finally: pool.shutdown(cancel_futures=True)
-    return failed
-
 # %% ../nbs/01_dataset.ipynb #fd4a3927
 def find_pairs(
     videos, # A video, or a folder of videos named `country+city+id`
@@ -686,29 +567,45 @@ def fingerprint(video, pkl):
     "What tells the inputs of one video from others"
     return dict(bytes=Path(video).stat().st_size, dets=sha256(pkl))
 
+# %% ../nbs/01_dataset.ipynb #2bd2972a
 def extract(
     videos:str, # A video, or a folder of videos named `country+city+id`
     dets:str, # Folder of their detections, `country+city+id.pkl`
     dest:str='crops', # Folder to fill: `<country>/<city>/<id>/<pid>_<frame>_<obj>.jpg`
-    workers:int=None, # Videos at the same time (default: as many as there are cores)
+    workers:int=None, # Videos at the same time (default: one a core; with Ray up to 64)
+    engine:str='local', # 'ray': on the machines of a Ray cluster, which share the folders
     quality:int=95, # Of the JPEG, 1 to 100
     min_height:int=32, # Least height of a crop, in pixels
     min_width:int=16, # Least width of a crop, in pixels
     min_aspect:float=1/3, # Least height over width
-    report:bool=False, # Also print what became of the boxes of each video, and draw report.png
+    report:bool=False, # Print what became of each video's boxes; draw report.png and sheet.jpg
 )->list: # `crop_counts(dest)`; `BadInput` (wrong path; at the end: broken videos), `OSError` (disk)
     "Cut out the people of all videos; what was made from the same before is not made again."
     options = dict(quality=quality, min_height=min_height,
                    min_width=min_width, min_aspect=min_aspect)
     known = {c['video']: c['made_from'] for c in crop_counts(dest)}
-    jobs = [(name, video, pkl, dest, options, fingerprint(video, pkl))
+    jobs = [(name, video, pkl, Path(dest), options, fingerprint(video, pkl))
             for name, video, pkl in find_pairs(videos, dets)]
     todo = [job for job in jobs if known.get(job[0].stem) != job[-2] | job[-1]]
-    try: failed = crop_all(todo, workers or os.cpu_count())
+    if engine == 'local': workers = workers or os.cpu_count()
+    try: _, failed = spread(crop_video, todo, workers, engine, 'extract')
     finally: remove_empty(Path(dest)/'.part')
     if report: report_crops(dest)
     fail_together(failed, len(todo))
     return crop_counts(dest)
+
+# %% ../nbs/01_dataset.ipynb #457b6e9a
+def crop_sheet(
+    dest, # Folder of the crops
+    n:int=28, # How many, evenly spread over all videos
+    columns:int=14, # Side by side
+)->np.ndarray: # uint8 [H,W,3] RGB, each crop at 128 x 64 pixels; `BadInput` where there is none
+    "A contact sheet."
+    files = sorted(Path(dest).glob('*/*/*/*.jpg'))
+    if not files: raise BadInput(f'{dest}: no crops in it')
+    picked = [files[i] for i in np.linspace(0, len(files) - 1, n).astype(int)]
+    tiles = [cv2.resize(cv2.imread(str(path)), (64, 128))[..., ::-1] for path in picked]
+    return np.vstack([np.hstack(tiles[i:i + columns]) for i in range(0, n, columns)])
 
 # %% ../nbs/01_dataset.ipynb #8bb16f99
 def plot_crops(
@@ -739,16 +636,18 @@ def show_crops(
             f'{dropped.total():,} dropped' + f' ({why})'*bool(why))
     for c in counts:
         if c['beyond'] and not c['dets_height']:
-            text += (f'\n{c["video"]}: {c["beyond"]} boxes reach past the frame, and the detections '
-                     'do not say of which height their video was: perhaps a larger one')
+            text += (f'\n{c["video"]}: {c["beyond"]} boxes reach past the frame, and the '
+                     'detections do not say of which height their video was: run reid_align first')
     return text
 
 # %% ../nbs/01_dataset.ipynb #46fee78c
 def report_crops(
     dest, # Folder of the crops
 ):
-    "Print what became of the boxes of each video, and draw report.png."
-    for c in crop_counts(dest): print(f'{c["video"]:<40}', show_crops([c]))
-    plot_crops(crop_counts(dest)).savefig(Path(dest)/'report.png', dpi=150)
+    "Print what became of each video's boxes; draw report.png, and sheet.jpg where there are crops."
+    counts = crop_counts(dest)
+    for c in counts: print(f'{c["video"]:<40}', show_crops([c]))
+    plot_crops(counts).savefig(Path(dest)/'report.png', dpi=150)
+    if any(c['crops'] for c in counts): write_jpeg(Path(dest)/'sheet.jpg', crop_sheet(dest, 112))
 
 reid_extract = command(extract, show_crops)

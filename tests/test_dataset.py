@@ -5,7 +5,6 @@ import os
 import pickle
 import signal
 import sqlite3
-import struct
 import subprocess
 import sys
 import threading
@@ -167,39 +166,6 @@ def test_luperson_counts_from_one(tmp_path):
         (tmp_path/'a.pkl').write_bytes(pickle.dumps(wrong))
         with pytest.raises(ds.BadInput): ds.read_dets(tmp_path/'a.pkl')
 
-# --- frames
-
-def test_frames_are_those_of_another_decoder(data):
-    video = data/'real_city'/'videos'/'uk'/'reading'/'uk+reading+PETSs2l1v05.mp4'
-    cap, n = cv2.VideoCapture(str(video)), 0
-    for i, rgb in ds.read_frames(video):
-        ok, bgr = cap.read()
-        assert ok and i == n and (bgr[..., ::-1] == rgb).all()
-        n += 1
-    assert not cap.read()[0] and n == ds.video_facts(video)['frames']
-
-@pytest.mark.parametrize('turn,matrix', [
-    (90, (0, 1, -1, 0, 96, 0)), (180, (-1, 0, 0, -1, 160, 96)), (270, (0, -1, 1, 0, 0, 160))])
-def test_rotation_is_applied(tmp_path, turn, matrix):
-    a, b, c, d, x, y = (int(v*65536) for v in matrix)
-    raw = bytearray(film(tmp_path/'a.mp4', 5).read_bytes())
-    at = raw.find(b'tkhd') + 44
-    raw[at:at + 36] = struct.pack('>9i', a, b, 0, c, d, 0, x, y, 1 << 30)
-    (tmp_path/'turned.mp4').write_bytes(raw)
-    (_, lying), (_, upright) = next(ds.read_frames(tmp_path/'a.mp4')), next(ds.read_frames(tmp_path/'turned.mp4'))
-    assert (upright == np.rot90(lying, -turn//90)).all()
-    bgr = cv2.VideoCapture(str(tmp_path/'turned.mp4')).read()[1]
-    assert (bgr[..., ::-1] == upright).all() and ds.video_facts(tmp_path/'turned.mp4')['height'] == upright.shape[0]
-
-def test_broken_videos_are_bad_input(tmp_path):
-    raw = film(tmp_path/'a.mp4', 60).read_bytes()
-    cases = dict(cut=raw[:len(raw)//2], empty=b'', text=b'hello'*100, page=b'<html>not a video</html>')
-    for name, content in cases.items():
-        path = tmp_path/f'{name}.mp4'
-        path.write_bytes(content)
-        with pytest.raises(ds.BadInput): list(ds.read_frames(path))
-        with pytest.raises(ds.BadInput): ds.video_facts(path)
-
 # --- downloading: a server of our own and the real client
 
 class Site(BaseHTTPRequestHandler):
@@ -211,18 +177,29 @@ class Site(BaseHTTPRequestHandler):
         asked = self.headers.get('Range')
         start = int(asked.split('=')[1].split('-')[0]) if asked else 0
         if isinstance(fault, int) or body is None: return self.send_error(fault or 404)
+        if fault == 'silent': return site.over.wait()
+        if fault in site.elsewhere:
+            self.send_response(302)
+            self.send_header('Location', site.elsewhere[fault] or self.path)
+            return self.end_headers()
         site.cookies.append(self.headers.get('Cookie'))
         self.send_response(206 if asked else 200)
         self.send_header('Content-Type', 'video/mp4')
-        self.send_header('Content-Length', str(len(body) - start + (1000 if fault == 'short' else 0)))
+        length = len(body) - start
+        said = {'more': length + 1000, 'less': length//2, 'zero': 0, 'words': 'many'}.get(fault, length)
+        if fault != 'none': self.send_header('Content-Length', str(said))
         if asked: self.send_header('Content-Range', f'bytes {start}-{len(body) - 1}/{len(body)}')
         self.end_headers()
-        sent = 0
+        sent, end = 0, len(body)//2 if fault in ('cut', 'none', 'stall', 'trickle') else len(body)
         try:
-            for k in range(start, len(body), 4096):
+            for k in range(start, end, 4096):
                 self.wfile.write(body[k:k + 4096])
                 sent += len(body[k:k + 4096])
                 time.sleep(site.pause)
+            if fault == 'stall': site.over.wait()
+            for k in range(end, len(body)) if fault == 'trickle' else ():
+                self.wfile.write(body[k:k + 1])
+                if site.over.wait(.001): break
         except ConnectionError: self.close_connection = True
         site.log.append((path, start, sent))
 
@@ -230,9 +207,11 @@ class Site(BaseHTTPRequestHandler):
 def site():
     server = ThreadingHTTPServer(('127.0.0.1', 0), Site)
     server.files, server.faults, server.log, server.cookies, server.pause = {}, {}, [], [], 0
+    server.over, server.elsewhere = threading.Event(), {}
     server.url = f'http://127.0.0.1:{server.server_address[1]}/{{stem}}.mp4'
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
+    server.over.set()
     server.shutdown()
     server.server_close()
 
@@ -247,32 +226,50 @@ def fetching(vnames, dest, site, *more):
 def states_of(dest):
     with sqlite3.connect(dest/'census.sqlite') as db: return dict(db.execute('SELECT name, state FROM videos'))
 
-def test_every_line_gets_its_state(run, site, tmp_path):
-    raw = film(tmp_path/'a.mp4', 60).read_bytes()
-    faults = dict(good=None, gone=404, shut=403, law=451, lies='short', html=None, busy=429)
-    stem = {k: f'xx+yy+{k:_<11}' for k in faults}
-    site.files = {f'{s}.mp4': raw for s in stem.values()}
+FAULTS = {  # name: (what the server does, the state it leads to)
+    'good': (None, 'done'), 'moved': ('moved', 'done'), 'gone': (404, 'removed'), 'gone_long': (410, 'removed'),
+    'shut': (403, 'private'), 'who_is_it': (401, 'private'), 'law': (451, 'region-locked'), 'ill': (500, 'network'),
+    'closed': (503, 'network'), 'cut': ('cut', 'network'), 'stall': ('stall', 'network'),
+    'silent': ('silent', 'network'), 'trickle': ('trickle', 'network'), 'more': ('more', 'network'),
+    'less': ('less', 'broken'), 'zero': ('zero', 'network'), 'words': ('words', 'other'), 'none': ('none', 'broken'),
+    'round': ('round', 'network'), 'nowhere': ('nowhere', 'network'), 'to_file': ('to_file', 'network'),
+    'html': ('html', 'broken'), 'busy': (429, 'bot check')}
+
+def test_every_line_gets_its_state_and_nothing_hangs(run, site, tmp_path):
+    raw = film(tmp_path/'a.mp4', 12, (256, 256), noise).read_bytes()
+    stem = {k: f'xx+yy+{k:_<11}' for k in FAULTS}
+    site.files = {f'{s}.mp4': raw for s in stem.values()} | {'there.mp4': raw}
     site.files[f'{stem["html"]}.mp4'] = b'<html>' + b'no video here '*500
-    site.faults = {f'{stem[k]}.mp4': f for k, f in faults.items() if f}
+    site.elsewhere = dict(moved='/there.mp4', round=None, nowhere='http://127.0.0.1:1/x.mp4',
+                          to_file='file:///etc/passwd')
+    site.faults = {f'{stem[k]}.mp4': fault for k, (fault, _) in FAULTS.items() if fault}
     vnames, dest = listed(tmp_path/'list.txt', [*stem.values(), 'xx+yy', '../a+b+videoNumbr1']), tmp_path/'videos'
-    done = run(*fetching(vnames, dest, site))
+    done = run(*fetching(vnames, dest, site, '--workers', '8', '--retries', '1', '--timeout', '1'), timeout=120)
     assert done.returncode == 0, done.stderr
-    assert 'line 8' in done.stderr and 'line 9' in done.stderr
+    assert f'line {len(FAULTS) + 1}' in done.stderr and f'line {len(FAULTS) + 2}' in done.stderr
     states = states_of(dest)
-    assert {k: states[s] for k, s in stem.items()} == dict(
-        good='done', gone='removed', shut='private', law='region-locked', lies='network', html='broken',
-        busy='bot check')
-    assert sorted(tree(dest)) == ['.part/' + stem['lies'] + '.mp4.part', 'census.sqlite', f'xx/yy/{stem["good"]}.mp4']
+    assert {k: states[s] for k, s in stem.items()} == {k: state for k, (_, state) in FAULTS.items()}
+    finished = [k for k, (_, state) in FAULTS.items() if state == 'done']
+    assert {p.stem for p in dest.glob('xx/yy/*')} == {stem[k] for k in finished}
+    assert all((dest/'xx'/'yy'/f'{stem[k]}.mp4').read_bytes() == raw for k in finished)
     with sqlite3.connect(dest/'census.sqlite') as db:
-        row = db.execute("SELECT height, fps, frames, bytes, digest FROM videos WHERE state = 'done'").fetchall()
-    assert row == [(96, 12.0, 60, len(raw), ds.sha256(tmp_path/'a.mp4'))]
+        rows = set(db.execute("SELECT height, fps, frames, bytes, digest FROM videos WHERE state = 'done'"))
+    assert rows == {(256, 12.0, 12, len(raw), ds.sha256(dest/'xx'/'yy'/f'{stem["good"]}.mp4'))}
     shown = run('reid_download', vnames, '--dest', dest, '--census')
     assert shown.returncode == 0 and all(s in shown.stdout for s in ('done', 'malformed', 'region-locked'))
     assert cv2.imread(str(dest/'census.png')).shape[1] > 500
-    site.faults.pop(f'{stem["lies"]}.mp4')
+    site.faults = {path: fault for path, fault in site.faults.items() if isinstance(fault, int)}
     site.log.clear()
-    assert run(*fetching(vnames, dest, site)).returncode == 0
-    assert states_of(dest)[stem['lies']] == 'done' and not any(stem['good'] in path for path, *_ in site.log)
+    assert run(*fetching(vnames, dest, site, '--retries', '0')).returncode == 0
+    states = states_of(dest)
+    assert all(states[stem[k]] == 'done' for k in ('cut', 'stall', 'silent', 'trickle', 'more', 'less', 'none'))
+    assert not any(stem[k] in path for path, *_ in site.log for k in finished)
+
+def test_the_rate_is_kept(site, tmp_path):
+    site.files['xx+yy+videoNumbr1.mp4'] = film(tmp_path/'a.mp4').read_bytes() + bytes(300_000)
+    vnames, start = listed(tmp_path/'l.txt', ['xx+yy+videoNumbr1']), time.monotonic()
+    (state, *_), = ds.download(vnames, tmp_path/'v', site.url, pause=0, rate=.1)
+    assert state == 'done' and time.monotonic() - start > 2
 
 def test_a_run_of_bot_checks_stops_the_job(run, site, tmp_path):
     stems = [f'xx+yy+video{i:06d}' for i in range(30)]
@@ -282,26 +279,34 @@ def test_a_run_of_bot_checks_stops_the_job(run, site, tmp_path):
     states = collections.Counter(states_of(tmp_path/'v').values())
     assert states['bot check'] == 3 and states['waiting'] == 27
 
+def census_rows(dest):
+    with sqlite3.connect(dest/'census.sqlite') as db: return db.execute('SELECT * FROM videos ORDER BY name').fetchall()
+
 @pytest.mark.long
-def test_download_goes_on_after_kill_9_and_fetches_nothing_twice(site, tmp_path):
-    stems = [f'xx+yy+video{i:06d}' for i in range(6)]
+def test_download_killed_ten_times_is_that_of_an_uninterrupted_run(site, tmp_path):
+    stems = [f'xx+yy+video{i:06d}' for i in range(10)]
     for i, s in enumerate(stems):
         site.files[f'{s}.mp4'] = film(tmp_path/f'{i}.mp4', 20, (256, 256), noise).read_bytes() + bytes([i]*1000)
-    vnames, dest, rng = listed(tmp_path/'l.txt', stems), tmp_path/'videos', np.random.default_rng(0)
+    vnames, dest, rng, struck = listed(tmp_path/'l.txt', stems), tmp_path/'videos', np.random.default_rng(0), 0
+    ds.download(vnames, tmp_path/'whole', site.url, pause=0)
+    site.log.clear()
     name, *args = fetching(vnames, dest, site, '--workers', '2')
     cmd = [Path(sys.executable).parent/name, *args]
-    site.pause = 4*.6/max(len(v)/4096 for v in site.files.values())
-    for _ in range(4):
+    site.pause = 2.4/max(len(v)/4096 for v in site.files.values())
+    for _ in range(10):
         job = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(2 + 2*rng.random())
-        before = site.log.copy(), states_of(dest) if (dest/'census.sqlite').exists() else {}
+        time.sleep(1 + 2*rng.random())
+        before = states_of(dest) if (dest/'census.sqlite').exists() else {}
+        struck += job.poll() is None
         job.send_signal(signal.SIGKILL)
         job.wait()
-        acknowledged = {s for s, state in before[1].items() if state == 'done'}
+        acknowledged = {s for s, state in before.items() if state == 'done'}
         assert acknowledged <= {s for s, state in states_of(dest).items() if state == 'done'}
+    assert struck == 10
     assert subprocess.run(cmd, capture_output=True).returncode == 0
-    assert {s: (dest/'xx'/'yy'/f'{s}.mp4').read_bytes() for s in stems} == {s: site.files[f'{s}.mp4'] for s in stems}
-    assert not (dest/'.part').exists() and set(states_of(dest).values()) == {'done'}
+    videos = lambda root: {k: v for k, v in tree(root).items() if k.endswith('.mp4')}
+    assert videos(dest) == videos(tmp_path/'whole') and len(videos(dest)) == 10
+    assert not (dest/'.part').exists() and census_rows(dest) == census_rows(tmp_path/'whole')
     time.sleep(1)
     ends = collections.Counter(path for path, start, sent in site.log if start + sent == len(site.files[path]))
     assert set(ends.values()) == {1}, site.log      # the last byte of each video was sent once
@@ -342,6 +347,7 @@ def test_real_city_counts_add_up(real_crops):
         assert c['beyond'] == 0
     assert len(counts['v01']['tracks']) == 76 and '1,720 boxes = 1,720 crops + 0 dropped' in printed
     assert cv2.imread(str(dest/'report.png')).shape[1] > 500
+    assert cv2.imread(str(dest/'sheet.jpg')).shape == (1024, 896, 3)
 
 @pytest.mark.long
 def test_real_crops_are_of_the_right_frame(real_crops, data):
@@ -377,25 +383,85 @@ def test_restart_does_nothing_twice_and_new_options_do(tmp_path):
     assert len(list((dest/'xx'/'yy'/'videoNumbr1').glob('*.jpg'))) == 10
 
 @pytest.mark.long
-def test_extraction_goes_on_after_kill_9(tmp_path):
-    videos, dets = small_city(tmp_path, [f'video{i:06d}' for i in range(8)], 400)
+def test_extraction_killed_ten_times_is_that_of_an_uninterrupted_run(tmp_path):
+    videos, dets = small_city(tmp_path, [f'video{i:06d}' for i in range(12)], 600)
     ds.extract(videos, dets, tmp_path/'whole', workers=1)
-    dest, rng, finished = tmp_path/'crops', np.random.default_rng(1), {}
+    dest, rng, finished, struck = tmp_path/'crops', np.random.default_rng(1), {}, 0
     cmd = [Path(sys.executable).parent/'reid_extract', videos, dets, '--dest', dest, '--workers', '2']
-    for _ in range(5):
+    for _ in range(10):
         job = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(300):  # wait for the work, then strike somewhere in it
-            if list(dest.glob('.part/*')) or job.poll() is not None: break
-            time.sleep(.05)
-        time.sleep(.3*rng.random())
+            if list(dest.glob('.part/*/*')) or job.poll() is not None: break
+            time.sleep(.02)
+        time.sleep(.2*rng.random())
+        struck += job.poll() is None
         job.send_signal(signal.SIGKILL)
         job.wait()
         time.sleep(.5)
         now = {p: p.stat().st_mtime_ns for p in dest.glob('*/*/*/counts.json')}
         assert finished.items() <= now.items()
         finished = now
+    assert struck == 10
     assert subprocess.run(cmd, capture_output=True).returncode == 0
     assert tree(dest) == tree(tmp_path/'whole')
+
+@pytest.fixture
+def cluster(monkeypatch):
+    "A Ray cluster of two machines, both of them here."
+    pytest.importorskip('ray', reason="needs Ray: pip install 'reid_nb[ray]'")
+    from ray.cluster_utils import Cluster
+    found = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1))
+    monkeypatch.setenv('RAY_ADDRESS', found.address)
+    yield found
+    found.shutdown()
+
+@pytest.mark.long
+def test_ray_does_the_same_and_loses_nothing_with_a_worker_or_a_machine(cluster, site, run, tmp_path):
+    import psutil
+    ids = [f'video{i:06d}' for i in range(5)]
+    videos, dets = small_city(tmp_path, ids, 1500)
+    whole, dest, second = tmp_path/'whole', tmp_path/'crops', cluster.add_node(num_cpus=1)
+    ds.extract(videos, dets, whole, workers=1)
+    exe, on_ray = Path(sys.executable).parent/'reid_extract', ['--engine', 'ray', '--workers', '2']
+    cmd = [exe, videos, dets, '--dest', dest, *on_ray]
+    job = subprocess.Popen(cmd, stdout=subprocess.DEVNULL)
+    at_work = lambda: [p for p in psutil.Process().children(recursive=True)
+                       if 'ray::crop_video' in ' '.join(p.cmdline())]
+    while job.poll() is None and not (list(dest.glob('.part/*/*.jpg')) and len(at_work()) == 2): time.sleep(.05)
+    at_work()[0].kill()
+    time.sleep(1)
+    assert job.poll() is None
+    cluster.remove_node(second, allow_graceful=False)
+    assert job.wait(300) == 0 and tree(dest) == tree(whole)
+    first = videos/'xx'/'yy'/f'xx+yy+{ids[0]}.mp4'
+    done = run('reid_detect', first, '--dest', tmp_path/'found', '--engine', 'ray')
+    assert done.returncode == 0, done.stderr
+    ds.detect(first, tmp_path/'here')
+    assert tree(tmp_path/'found') == tree(tmp_path/'here')
+    site.files = {p.name: p.read_bytes() for p in videos.rglob('*.mp4')}
+    vnames = listed(tmp_path/'l.txt', [f'xx+yy+{id}' for id in ids] + ['xx+yy+videoIsGone'])
+    done = run(*fetching(vnames, tmp_path/'again', site, '--engine', 'ray'))
+    assert done.returncode == 0, done.stderr
+    assert collections.Counter(states_of(tmp_path/'again').values()) == dict(done=5, removed=1)
+    assert {k: v for k, v in tree(tmp_path/'again').items() if k.endswith('.mp4')} == tree(videos)
+    first.write_bytes(b'no video')
+    one_line(run('reid_extract', videos, dets, '--dest', dest, '--engine', 'ray'), '1 of 1', ids[0], 'broken')
+
+def test_without_ray_one_is_told_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    videos, dets = small_city(tmp_path)
+    with pytest.raises(ds.BadInput, match='reid_nb.ray'): ds.extract(videos, dets, tmp_path/'crops', engine='ray')
+    with pytest.raises(ds.BadInput, match='steam'): ds.extract(videos, dets, tmp_path/'crops', engine='steam')
+    vnames = listed(tmp_path/'l.txt', ['xx+yy+videoNumbr1'])
+    with pytest.raises(ds.BadInput, match='steam'): ds.download(vnames, tmp_path/'videos', engine='steam')
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    videos, dets = small_city(tmp_path, ['videoNumbr1', 'videoNumbr2'])
+    script = tmp_path/'script.py'
+    script.write_text(f'from reid_nb.dataset import extract\n'
+                      f'extract({str(videos)!r}, {str(dets)!r}, {str(tmp_path/"crops")!r}, workers=2)\n')
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode and "__name__ == '__main__'" in done.stderr.strip().splitlines()[-1]
 
 def test_workers_die_with_their_parent(tmp_path):
     videos, dets = small_city(tmp_path, ['videoNumbr1', 'videoNumbr2'], 3000)
@@ -419,7 +485,7 @@ def test_boxes_are_scaled_where_the_height_is_known(tmp_path, run):
     for (_, d), in raw.values(): d['bbox'] = d['bbox']*2
     path.write_bytes(pickle.dumps(raw))
     done = run('reid_extract', videos, dets, '--dest', tmp_path/'wrong')
-    assert 'reach past the frame' in done.stdout
+    assert 'reach past the frame' in done.stdout and 'reid_align' in done.stdout
     path.write_bytes(pickle.dumps(raw | dict(height=192)))
     scaled = ds.extract(videos, dets, tmp_path/'scaled', workers=1)
     jpgs = lambda root: {k: v for k, v in tree(root).items() if k.endswith('.jpg')}
