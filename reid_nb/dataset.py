@@ -627,7 +627,7 @@ def plot_crops(
 # %% ../nbs/01_dataset.ipynb #cacd1004
 def show_crops(
     counts:list, # From `crop_counts`
-)->str: # One line, and one more for each video whose boxes look out of scale
+)->str: # One line, and more where boxes may be out of scale
     "The sum of all counts as text."
     boxes, crops = (sum(c[k] for c in counts) for k in ('boxes', 'crops'))
     dropped = sum((Counter(c['dropped']) for c in counts), Counter())
@@ -636,8 +636,10 @@ def show_crops(
             f'{dropped.total():,} dropped' + f' ({why})'*bool(why))
     for c in counts:
         if c['beyond'] and not c['dets_height']:
-            text += (f'\n{c["video"]}: {c["beyond"]} boxes reach past the frame, and the '
-                     'detections do not say of which height their video was: run reid_align first')
+            text += f'\n{c["video"]}: {c["beyond"]} boxes reach past the frame'
+    if unsaid := sum(not c['dets_height'] for c in counts):
+        text += (f'\n{unsaid} of the detections do not say on which height they were made: '
+                 'reid_align finds it out')
     return text
 
 # %% ../nbs/01_dataset.ipynb #46fee78c
@@ -646,7 +648,7 @@ def report_crops(
 ):
     "Print what became of each video's boxes; draw report.png, and sheet.jpg where there are crops."
     counts = crop_counts(dest)
-    for c in counts: print(f'{c["video"]:<40}', show_crops([c]))
+    for c in counts: print(f'{c["video"]:<40}', show_crops([c]).splitlines()[0])
     plot_crops(counts).savefig(Path(dest)/'report.png', dpi=150)
     if any(c['crops'] for c in counts): write_jpeg(Path(dest)/'sheet.jpg', crop_sheet(dest, 112))
 

@@ -110,6 +110,13 @@ def test_what_does_not_fit_is_refused_once_and_comes_back(toy, tmp_path, run):
     shutil.copy(toy/'dets'/pkl.name, pkl)
     assert al.align(videos, pkl.parent, dest)[0]['state'] == 'aligned' and state() == ('done', None)
 
+def test_another_frame_rate_is_refused(toy, tmp_path):
+    stem, pkl = city(toy, tmp_path)
+    d = ds.read_dets(pkl)
+    ds.write_dets(pkl, replace(d, frame=d.frame*30//25))
+    verdict, = al.align(tmp_path/'videos', tmp_path/'dets', tmp_path/'aligned')
+    assert verdict['state'] == 'misaligned' and verdict['iou'] < .25
+
 def test_bad_input_is_one_line(toy, tmp_path, run):
     stem, pkl = city(toy, tmp_path)
     videos, dest = tmp_path/'videos', tmp_path/'aligned'
