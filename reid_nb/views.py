@@ -7,7 +7,7 @@ __all__ = ['AUGMENTS', 'GRAY', 'PRECISIONS', 'View', 'random_box', 'middle_box',
            'render_exact', 'to_canvas', 'sample', 'blur', 'render_batch', 'crop_batches', 'ViewPairs', 'render_pairs',
            'pick_device', 'choose', 'autocast', 'to_input', 'parse_size']
 
-# %% ../nbs/03b_views.ipynb #1d58ed2a
+# %% ../nbs/03b_views.ipynb #f1b96d41
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from .crop_store import CropDataset, decode_batch, group
 from .dataset import BadInput
 from .toy_city import rng_of
 
-# %% ../nbs/03b_views.ipynb #55d5f948
+# %% ../nbs/03b_views.ipynb #9878bfe7
 class View(NamedTuple):
     "What the dice decided for one view."
     box:tuple # y, x, height and width of the part that is kept, in pixels of the crop
@@ -32,7 +32,7 @@ class View(NamedTuple):
     flip:bool=False # Mirrored?
     erase:tuple=None # y, x, height and width of the part painted over, in pixels of the view
 
-# %% ../nbs/03b_views.ipynb #2f2ae687
+# %% ../nbs/03b_views.ipynb #391b93e9
 def random_box(
     hw, # Height and width of the image
     rng, # `np.random.Generator`
@@ -47,7 +47,7 @@ def random_box(
         w,h = round(math.sqrt(area*r)),round(math.sqrt(area/r))
         if 0<w<=W and 0<h<=H: return int(u[20]*(H-h+1)),int(u[21]*(W-w+1)),h,w
 
-# %% ../nbs/03b_views.ipynb #a990cf20
+# %% ../nbs/03b_views.ipynb #f750ba66
 def middle_box(
     hw, # Height and width of the image
     ratio:tuple, # Least and greatest width by height
@@ -57,7 +57,7 @@ def middle_box(
     h,w = min(H, max(1, round(W/ratio[0]))),min(W, max(1, round(H*ratio[1])))
     return (H-h)//2,(W-w)//2,h,w
 
-# %% ../nbs/03b_views.ipynb #7e68679c
+# %% ../nbs/03b_views.ipynb #1ec4a7d6
 @dataclass
 class Augment:
     "Random views of a crop; see `AUGMENTS` for the known ways."
@@ -92,7 +92,7 @@ AUGMENTS = dict(luperson=dict(erase=.5), moco_v2=dict(jitter=.8), person=dict(ji
     street=dict(scale=(.25,.8), upright=True, jitter=.8, strength=(.3,.3,.3,.03), gray=0.,
                 blur=.9, sigmas=(.5,4), erase=.5))
 
-# %% ../nbs/03b_views.ipynb #c952e477
+# %% ../nbs/03b_views.ipynb #a6d33ebf
 GRAY = np.tile([.299,.587,.114], (3,1))
 
 def color_maps(
@@ -108,7 +108,7 @@ def color_maps(
         for i in view.order: A,T = ops[i]@A,ops[i]@T + (i==1)*(1-c)*GRAY@(A+T)
     return (GRAY@A,GRAY@T) if view.gray else (A,T)
 
-# %% ../nbs/03b_views.ipynb #aa0afd83
+# %% ../nbs/03b_views.ipynb #dab0b941
 def render(
     img, # uint8[H,W,3], RGB
     view:View, # What to do
@@ -132,7 +132,7 @@ def render(
         cv2.rectangle(out, (x,y), (x+w-1,y+h-1), fill, -1)
     return out
 
-# %% ../nbs/03b_views.ipynb #98bac4ac
+# %% ../nbs/03b_views.ipynb #6398a1e0
 def render_exact(
     img, # uint8[H,W,3], RGB
     view:View, # What to do
@@ -150,7 +150,7 @@ def render_exact(
     if view.erase: x = tv.erase(x, *view.erase, torch.tensor(fill).view(3,1,1).to(x))
     return x.permute(1,2,0).numpy()
 
-# %% ../nbs/03b_views.ipynb #93e66150
+# %% ../nbs/03b_views.ipynb #e6a55da1
 def to_canvas(
     crops:list, # uint8[3,H,W] tensors on one device, of any sizes
 )->torch.Tensor: # uint8[B,3,H,W], as large as the largest of them, black around
@@ -160,7 +160,7 @@ def to_canvas(
     for x,c in zip(out, crops): x[:,:c.shape[1],:c.shape[2]] = c
     return out
 
-# %% ../nbs/03b_views.ipynb #80bdce37
+# %% ../nbs/03b_views.ipynb #bc5f4052
 def sample(
     canvas, # uint8[B,3,H,W], from `to_canvas`
     box, # [B,4] y, x, height, width
@@ -209,7 +209,7 @@ def render_batch(
     x = torch.where(hit[:,None], table(fill, dtype=torch.float32).view(3,1,1), x)
     return x.round_().clamp_(0, 255).byte().permute(0,2,3,1)
 
-# %% ../nbs/03b_views.ipynb #4506a598
+# %% ../nbs/03b_views.ipynb #41b62e37
 def crop_batches(
     n:int, # Number of crops
     batch:int, # Crops a step, of all processes together
@@ -226,7 +226,7 @@ def crop_batches(
         mine = order[i*batch:(i+1)*batch].reshape(world, -1)[rank]
         yield [(epoch,int(j)) for j in mine]
 
-# %% ../nbs/03b_views.ipynb #91d7adc0
+# %% ../nbs/03b_views.ipynb #372e6bf8
 class ViewPairs(torch.utils.data.Dataset):
     "Two views and the place they are from, taken by (epoch, index)."
     def __init__(self,
@@ -259,7 +259,7 @@ class ViewPairs(torch.utils.data.Dataset):
         both = [self.render(imgs[k], v, self.augment.size, self.augment.fill) for k,v in zip((0,-1), dice)]
         return np.stack(both),place
 
-# %% ../nbs/03b_views.ipynb #8ab07446
+# %% ../nbs/03b_views.ipynb #204fd666
 def render_pairs(
     items:list, # Of a `ViewPairs` with `render=None`
     augment:Augment, # Size and colour for erasing
@@ -274,7 +274,7 @@ def render_pairs(
     return torch.stack([render_batch(canvas[torch.from_numpy(i).to(canvas.device)], views,
                                      augment.size, augment.fill) for i,views in zip(at, zip(*dice))], 1)
 
-# %% ../nbs/03b_views.ipynb #3f6af34f
+# %% ../nbs/03b_views.ipynb #d52a980a
 def pick_device(
     device:str=None, # 'cuda', 'cpu', ...; None: the GPU where there is one
 )->torch.device: # Device
@@ -318,7 +318,7 @@ def to_input(
     rows = x.reshape(B,h,w*3).float()  # rows of 3 colours would be slow
     return torch.addcmul(-mean/std, rows, 1/(255*std)).view(B,h,w,3).permute(0,3,1,2)
 
-# %% ../nbs/03b_views.ipynb #834f95d4
+# %% ../nbs/03b_views.ipynb #61571543
 def parse_size(
     size, # '256x128', '256 128', or a pair of numbers
 )->tuple: # Height and width in pixels; raises `BadInput` where it is no size
