@@ -418,17 +418,21 @@ def cluster(monkeypatch):
 @pytest.mark.long
 def test_ray_does_the_same_and_loses_nothing_with_a_worker_or_a_machine(cluster, site, run, tmp_path):
     import psutil
-    ids = [f'video{i:06d}' for i in range(5)]
-    videos, dets = small_city(tmp_path, ids, 1500)
+    ids = [f'video{i:06d}' for i in range(4)]
+    videos, dets = small_city(tmp_path, ids, 6000)
     whole, dest, second = tmp_path/'whole', tmp_path/'crops', cluster.add_node(num_cpus=1)
     ds.extract(videos, dets, whole, workers=1)
     exe, on_ray = Path(sys.executable).parent/'reid_extract', ['--engine', 'ray', '--workers', '2']
     cmd = [exe, videos, dets, '--dest', dest, *on_ray]
     job = subprocess.Popen(cmd, stdout=subprocess.DEVNULL)
-    at_work = lambda: [p for p in psutil.Process().children(recursive=True)
-                       if 'ray::crop_video' in ' '.join(p.cmdline())]
-    while job.poll() is None and not (list(dest.glob('.part/*/*.jpg')) and len(at_work()) == 2): time.sleep(.05)
-    at_work()[0].kill()
+    def at_work():
+        ours = {p.pid for p in psutil.Process().children(recursive=True)}
+        return [p for p in psutil.process_iter(['cmdline'])
+                if p.pid in ours and 'ray::crop_video' in ' '.join(p.info['cmdline'] or [])]
+    while not (list(dest.glob('.part/*/*.jpg')) and (busy := at_work())):
+        assert job.poll() is None
+        time.sleep(.02)
+    busy[0].kill()
     time.sleep(1)
     assert job.poll() is None
     cluster.remove_node(second, allow_graceful=False)
@@ -442,7 +446,7 @@ def test_ray_does_the_same_and_loses_nothing_with_a_worker_or_a_machine(cluster,
     vnames = listed(tmp_path/'l.txt', [f'xx+yy+{id}' for id in ids] + ['xx+yy+videoIsGone'])
     done = run(*fetching(vnames, tmp_path/'again', site, '--engine', 'ray'))
     assert done.returncode == 0, done.stderr
-    assert collections.Counter(states_of(tmp_path/'again').values()) == dict(done=5, removed=1)
+    assert collections.Counter(states_of(tmp_path/'again').values()) == dict(done=4, removed=1)
     assert {k: v for k, v in tree(tmp_path/'again').items() if k.endswith('.mp4')} == tree(videos)
     first.write_bytes(b'no video')
     one_line(run('reid_extract', videos, dets, '--dest', dest, '--engine', 'ray'), '1 of 1', ids[0], 'broken')
