@@ -7,7 +7,7 @@ __all__ = ['RESNETS', 'OSNETS', 'BNS', 'OPTIMIZERS', 'DRAWS', 'IBN', 'build_back
            'lr_at', 'queue_batches', 'crops_a_walk', 'join_team', 'same_statistics', 'train_step', 'read_image',
            'embed_with', 'pooled', 'validator', 'view_loader', 'say_collapse', 'pretrain', 'reid_pretrain']
 
-# %% ../nbs/04_moco.ipynb #7670129a
+# %% ../nbs/04_moco.ipynb #0a355713
 import copy, math, os, sys
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -31,7 +31,7 @@ from .toy_city import rng_of
 from .views import (AUGMENTS, Augment, ViewPairs, autocast, choose, crop_batches, parse_size,
                            pick_device, render, render_exact, render_pairs, to_input)
 
-# %% ../nbs/04_moco.ipynb #f69157c0
+# %% ../nbs/04_moco.ipynb #4787cc5a
 class IBN(nn.Module):
     "Half of the channels normalised by their own picture, half by the batch (Pan 2018)."
     def __init__(self, channels):
@@ -69,7 +69,7 @@ def build_backbone(
     body.dim = dim
     return body
 
-# %% ../nbs/04_moco.ipynb #ba6bd62f
+# %% ../nbs/04_moco.ipynb #41ef7ffa
 def contrast(
     q, # Queries, float[B,dim], each of length 1
     k, # Their keys, the same
@@ -85,7 +85,7 @@ def contrast(
     alike = counted.sum()/max(1, len(counted))
     return loss,(logits.argmax(1)==0).float().mean(),alike
 
-# %% ../nbs/04_moco.ipynb #5f870ca4
+# %% ../nbs/04_moco.ipynb #c86a1109
 BNS = ['momentum','shuffle','batch','frozen']
 
 class MoCo(nn.Module):
@@ -157,7 +157,7 @@ class MoCo(nn.Module):
         if places is not None: self.places[i:i+len(k)] = places
         self.ptr.fill_((i+len(k))%self.K)
 
-# %% ../nbs/04_moco.ipynb #47ef8e84
+# %% ../nbs/04_moco.ipynb #f65efbb6
 def gather(
     x, # Tensor of the same shape in every process
 ): # All of them, one after another; no gradient
@@ -179,7 +179,7 @@ def shuffled(
         return k[order.argsort().view(world,-1)[rank]]
     return encode
 
-# %% ../nbs/04_moco.ipynb #7ebffc51
+# %% ../nbs/04_moco.ipynb #c74a984c
 def lr_at(
     step:int, # From 0
     total:int, # Steps really planned
@@ -192,7 +192,7 @@ def lr_at(
     if step<up: return peak*(step+1)/up
     return peak*(1+math.cos(math.pi*(step-up)/max(1,total-up)))/2
 
-# %% ../nbs/04_moco.ipynb #a6e9f723
+# %% ../nbs/04_moco.ipynb #65e827aa
 def queue_batches(
     n:int, # Crops in the store
     batch:int, # Crops a step
@@ -214,7 +214,7 @@ def crops_a_walk(
     counts = np.bincount(tracks[tracks>=0])
     return counts[counts>0].mean().item() if len(counts) else 1.
 
-# %% ../nbs/04_moco.ipynb #6e29f908
+# %% ../nbs/04_moco.ipynb #7023b1d4
 def join_team(
     device, # From `pick_device`
 )->tuple: # Number of this process, and how many there are
@@ -266,7 +266,7 @@ def train_step(
     same_statistics(moco.encoder_q)
     return dict(zip(('loss','accuracy','alike'), told))
 
-# %% ../nbs/04_moco.ipynb #52b17425
+# %% ../nbs/04_moco.ipynb #583d5c9f
 def read_image(
     image, # Path, or uint8[H,W,3] in RGB
     size, # Height and width in pixels
@@ -294,7 +294,7 @@ def embed_with(
         out.append(F.normalize(f(to_input(x, mean, std, device)).float(), dim=1).cpu().numpy())
     return np.concatenate(out)
 
-# %% ../nbs/04_moco.ipynb #1f586ad8
+# %% ../nbs/04_moco.ipynb #53e1dca2
 def pooled(
     backbone:nn.Module, # From `build_backbone`
 ): # Function of float[B,3,h,w] that gives float[B,dim]
@@ -319,7 +319,7 @@ def validator(
         return dict(val_mAP=figures['mAP'], val_rank1=figures['rank1'])
     return validate
 
-# %% ../nbs/04_moco.ipynb #c2275ffd
+# %% ../nbs/04_moco.ipynb #21f6ca4b
 OPTIMIZERS = dict(sgd=partial(torch.optim.SGD, lr=0, momentum=.9, weight_decay=1e-4),
                   adamw=partial(torch.optim.AdamW, lr=0, weight_decay=1e-4))
 DRAWS = dict(fast=render, exact=render_exact, device=None)
@@ -343,7 +343,7 @@ def view_loader(
     return torch.utils.data.DataLoader(pairs, batch_sampler=batches, num_workers=workers,
                                        collate_fn=collate, pin_memory=torch.cuda.is_available())
 
-# %% ../nbs/04_moco.ipynb #a0914012
+# %% ../nbs/04_moco.ipynb #e14fa3a8
 def say_collapse(
     session:Session, # Its history has `alike`
     most:float=.98, # Above this it is called a collapse
@@ -355,7 +355,7 @@ def say_collapse(
     print(f'warning: collapse at step {session.step+1}: all crops get nearly the same feature (mean cosine '
           f'{alike[0]:.3f}): lower --lr, or give a longer --queue', file=sys.stderr)
 
-# %% ../nbs/04_moco.ipynb #d83df6bc
+# %% ../nbs/04_moco.ipynb #c7ca9de5
 def pretrain(
     store, # LMDB file of crops, from `reid_pack`
     out='moco', # Folder of the result
@@ -441,7 +441,7 @@ def pretrain(
     backbone = {f'backbone.{k}': v for k,v in moco.encoder_q.backbone.state_dict().items()}
     return session.finish(total, backbone, dict(about, kind='moco'))
 
-# %% ../nbs/04_moco.ipynb #5daf2c59
+# %% ../nbs/04_moco.ipynb #2f6afbf0
 @command
 def reid_pretrain(
     store:str, # LMDB file of crops, from reid_pack
