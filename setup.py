@@ -22,7 +22,7 @@ setup(
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[lib, f'{lib}.*']),
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'ray')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'ray', 'faiss', 'qdrant')},
     entry_points={'nbdev': [f'{lib}={lib}._modidx:d'],
                   'console_scripts': cfg['console_scripts'].split()},
 )

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reid_nb import biometrics as bio
+from reid_nb import gallery as gal
+from reid_nb import people as ppl
 from reid_nb.benchmarks import read_rgb
 from reid_nb.dataset import BadInput, Person
 
@@ -44,7 +46,7 @@ def colours(crops):
     return np.float32(f/np.linalg.norm(f, axis=1, keepdims=True))
 
 POINTS = {'0.01': dict(threshold=.9, low=.88, high=.91), '0.001': dict(threshold=.96, low=.95, high=.97)}
-MATCHER = bio.Matcher(colours, 'a'*64, POINTS)
+MATCHER = ppl.Matcher(colours, 'a'*64, POINTS)
 
 @pytest.fixture(scope='session')
 def films(tmp_path_factory):
@@ -56,8 +58,8 @@ def films(tmp_path_factory):
                 nobody=film(root/'nobody.mp4'), short=film(root/'short.mp4', (RED, 3, 6, 60), n=14))
 
 def template(colour=RED, n=6):
-    shots = [bio.Shot(i, (0, 0, 9, 9), quality=.5, crop=np.full((80, 30, 3), colour, np.uint8)) for i in range(n)]
-    return bio.Template(shots, colours([s.crop for s in shots]))
+    shots = [ppl.Shot(i, (0, 0, 9, 9), quality=.5, crop=np.full((80, 30, 3), colour, np.uint8)) for i in range(n)]
+    return ppl.Template(shots, colours([s.crop for s in shots]))
 
 def crops(root): return sorted(p.relative_to(root).as_posix() for p in Path(root).rglob('*.jpg'))
 def files(root):
@@ -67,7 +69,7 @@ def files(root):
 
 def consistent(root):
     "Opens a gallery; database and folders say the same. Returns the names."
-    here = bio.Gallery(root)
+    here = gal.Gallery(root)
     known = sorted(f for n in here.names() for f in here.samples(n)[0])
     assert crops(root) == known and files(root) == sorted(['gallery.sqlite', *known])
     return here.names()
@@ -88,26 +90,26 @@ def test_only_the_claimed_identity_counts(films, tmp_path):
     claim = bio.verify('Blue', films['again'], tmp_path/'g', MATCHER)
     assert claim.answer == 'no match' and [n for n, _ in claim.decisions[0].ranking] == ['Blue']
     assert claim.decisions[0].pair['crop'].startswith('Blue/')
-    bio.Gallery(tmp_path/'g').erase('Red')
+    gal.Gallery(tmp_path/'g').erase('Red')
     alone = bio.verify('Blue', films['again'], tmp_path/'g', MATCHER)
     assert alone.decisions[0].score == claim.decisions[0].score
     assert bio.verify('blue', films['blue'], tmp_path/'g', MATCHER).answer == 'match'
 
 def test_the_network_sees_rgb_and_so_does_the_gallery(films, tmp_path):
     seen = []
-    matcher = bio.Matcher(lambda crops: seen.extend(crops) or colours(crops), 'a'*64, POINTS)
+    matcher = ppl.Matcher(lambda crops: seen.extend(crops) or colours(crops), 'a'*64, POINTS)
     done = bio.enroll('Red', films['red'], tmp_path/'g', matcher)
     assert all(c[20:60,8:22].reshape(-1, 3).mean(0).argmax() == 0 for c in seen)
     assert all(read_rgb(tmp_path/'g'/f)[20:60,8:22].reshape(-1, 3).mean(0).argmax() == 0 for f in done['crops'])
 
 def test_people_are_never_mixed_under_one_name(films, tmp_path):
-    with pytest.raises(BadInput, match='person 1, frames .*person 2, frames .*which of these'):
+    with pytest.raises(BadInput, match='person 1 .frames .*person 2 .frames .*which of these'):
         bio.enroll('Blue', films['both'], tmp_path/'g', MATCHER)
     assert not (tmp_path/'g').exists()
-    tracks = bio.find_tracks(films['both'])
+    tracks = ppl.find_tracks(films['both'])
     blue = next(t.number for t in tracks if colours([s.crop for s in t.shots]).mean(0).argmax() == 2)
     bio.enroll('Blue', films['both'], tmp_path/'g', MATCHER, track=blue)
-    features = bio.Gallery(tmp_path/'g').samples('Blue')[1]
+    features = gal.Gallery(tmp_path/'g').samples('Blue')[1]
     assert (features.argmax(1) == 2).all()
     with pytest.raises(BadInput, match='no such number'):
         bio.enroll('Blue', films['both'], tmp_path/'g', MATCHER, track=9)
@@ -132,14 +134,14 @@ def test_frames_are_frames(films, tmp_path):
     done = bio.enroll('Red', films['red'], tmp_path/'g', MATCHER, start=20, stop=32)
     assert {int(Path(f).stem[:8]) for f in done['crops']} <= set(range(20, 32))
     found = bio.identify(films['red'], tmp_path/'g', MATCHER, start=20, stop=32).decisions[0]
-    assert found.frames[0] >= 20 and found.frames[1] < 32
-    assert found.times == tuple(round(f/12, 2) for f in found.frames)
+    (first, last, *times), = found.seen
+    assert first >= 20 and last < 32 and times == [round(f/12, 2) for f in (first, last)]
 
 # --- decisions
 
 def test_three_zones(films, tmp_path):
     points = {'0.01': dict(low=.2, high=.4), '0.001': dict(low=.999999, high=1.1)}
-    matcher = bio.Matcher(colours, 'a'*64, points)
+    matcher = ppl.Matcher(colours, 'a'*64, points)
     bio.enroll('Red', films['red'], tmp_path/'g', matcher)
     ask = lambda clip, fmr: bio.verify('Red', films[clip], tmp_path/'g', matcher, fmr=fmr)
     answers = [ask(clip, fmr).answer for clip, fmr in (('again', .01), ('again', .001), ('blue', .001))]
@@ -157,8 +159,8 @@ def test_a_decision_carries_its_evidence(films, tmp_path):
 def test_the_score_is_the_mean_over_pairs():
     rng = np.random.default_rng(0)
     unit = lambda x: np.float32(x/np.linalg.norm(x, axis=1, keepdims=True))
-    shots = lambda n: [bio.Shot(i, (), quality=q) for i, q in enumerate(rng.random(n))]
-    a, b = (bio.Template(shots(n), unit(rng.normal(size=(n, 8)))) for n in (5, 9))
+    shots = lambda n: [ppl.Shot(i, (), quality=q) for i, q in enumerate(rng.random(n))]
+    a, b = (ppl.Template(shots(n), unit(rng.normal(size=(n, 8)))) for n in (5, 9))
     w = np.outer([s.quality for s in a.shots], [s.quality for s in b.shots])
     assert np.isclose(a.feature @ b.feature, np.average(a.features @ b.features.T, weights=w), atol=1e-6)
 
@@ -168,12 +170,12 @@ def test_the_score_is_the_mean_over_pairs():
 @settings(max_examples=500, deadline=None)
 def test_names_never_leave_the_gallery(name):
     root = Path('/gallery')
-    try: clean = bio.clean_name(name)
+    try: clean = gal.clean_name(name)
     except BadInput as e:
         assert str(e).isascii()   # the complaint can be printed anywhere
         return
     path = Path(os.path.normpath(root/clean))
-    assert path.parent == root and path.name == clean and clean == bio.clean_name(clean)
+    assert path.parent == root and path.name == clean and clean == gal.clean_name(clean)
     assert len(clean.encode()) < 255 and not clean.startswith(('.', 'gallery.sqlite'))
     assert clean.replace('\u200c', '').replace('\u200d', '').isprintable()
 
@@ -190,13 +192,13 @@ WORLD = ['Ada Lovelace', "D'Arcy-Ó Néill", '王小明', 'مریم', 'नेह
 
 @pytest.mark.parametrize('name', WORLD, ids=ascii)
 def test_names_of_the_world_are_welcome(tmp_path, name):
-    here = bio.Gallery(tmp_path/'g', MATCHER, create=True)
+    here = gal.Gallery(tmp_path/'g', MATCHER, create=True)
     done = here.add(name, template())
     assert consistent(tmp_path/'g') == [done['name']] and here.find(name)
     assert here.erase(name)['left'] == [] and files(tmp_path) == ['g/gallery.sqlite']
 
 def test_links_and_files_in_the_way_are_refused(tmp_path):
-    here = bio.Gallery(tmp_path/'g', MATCHER, create=True)
+    here = gal.Gallery(tmp_path/'g', MATCHER, create=True)
     (tmp_path/'elsewhere').mkdir()
     (tmp_path/'g'/'Eve').symlink_to(tmp_path/'elsewhere')
     (tmp_path/'g'/'Mal').write_text('mine')
@@ -211,7 +213,7 @@ def test_erasing_leaves_nothing_and_says_so(films, tmp_path):
     bio.enroll('Red', films['red'], root, MATCHER, consent='signed by Red on paper')
     bio.enroll('Blue', films['blue'], root, MATCHER)
     bio.verify('Red', films['red'], root, MATCHER)
-    here = bio.Gallery(root)
+    here = gal.Gallery(root)
     (root/'Red'/'notes.txt').write_text('not ours')
     n, feature = len(here.samples('Red')[0]), here.templates('Red')[1][0].tobytes()
     assert feature in (root/'gallery.sqlite').read_bytes()
@@ -228,7 +230,7 @@ def test_erasing_leaves_nothing_and_says_so(films, tmp_path):
 
 def test_another_models_gallery_is_refused(films, tmp_path):
     bio.enroll('Red', films['red'], tmp_path/'g', MATCHER)
-    other = bio.Matcher(colours, 'b'*64, POINTS)
+    other = ppl.Matcher(colours, 'b'*64, POINTS)
     for f, *args in (bio.enroll, 'Blue'), (bio.verify, 'Red'), (bio.identify,):
         with pytest.raises(BadInput, match='another model'): f(*args, films['red'], tmp_path/'g', other)
     assert consistent(tmp_path/'g') == ['Red']
@@ -239,14 +241,14 @@ def test_what_is_no_gallery_is_left_alone(films, tmp_path):
     (tmp_path/'g').mkdir()
     (tmp_path/'g'/'gallery.sqlite').write_text('hello '*500)
     for make in (False, True):
-        with pytest.raises(BadInput, match='cannot be used'): bio.Gallery(tmp_path/'g', MATCHER, create=make)
+        with pytest.raises(BadInput, match='cannot be used'): gal.Gallery(tmp_path/'g', MATCHER, create=make)
     assert (tmp_path/'g'/'gallery.sqlite').read_text() == 'hello '*500
 
 KILL = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import test_biometrics as t
-from reid_nb import biometrics as bio
+from reid_nb import gallery as gal
 def die(*args, **kw): os.kill(os.getpid(), signal.SIGKILL)
 def after(n, f):
     def g(*args):
@@ -254,10 +256,10 @@ def after(n, f):
         n -= 1
         return die() if n < 0 else f(*args)
     return g
-if sys.argv[3] == 'crop': bio.write_jpeg = after(int(sys.argv[4]), bio.write_jpeg)
-if sys.argv[3] == 'log': bio.log = die
-if sys.argv[3] == 'commit': bio.Gallery.settle = after(1, bio.Gallery.settle)
-here = bio.Gallery(sys.argv[2], t.MATCHER, create=True)
+if sys.argv[3] == 'crop': gal.write_jpeg = after(int(sys.argv[4]), gal.write_jpeg)
+if sys.argv[3] == 'log': gal.log = die
+if sys.argv[3] == 'commit': gal.Gallery.settle = after(1, gal.Gallery.settle)
+here = gal.Gallery(sys.argv[2], t.MATCHER, create=True)
 here.erase('Ada') if sys.argv[5] == 'erase' else here.add('Ada', t.template(t.BLUE))
 """
 
@@ -265,7 +267,7 @@ here.erase('Ada') if sys.argv[5] == 'erase' else here.add('Ada', t.template(t.BL
     ('crop', 0, 'add'), ('crop', 3, 'add'), ('log', 0, 'add'), ('commit', 0, 'add'),
     ('log', 0, 'erase'), ('commit', 0, 'erase')])
 def test_kill_leaves_all_or_nothing(tmp_path, where, n, what):
-    here = bio.Gallery(tmp_path/'g', MATCHER, create=True)
+    here = gal.Gallery(tmp_path/'g', MATCHER, create=True)
     here.add('Bob', template())
     if what == 'erase': here.add('Ada', template(BLUE))
     args = [sys.executable, '-c', KILL, Path(__file__).parent, tmp_path/'g', where, n, what]
@@ -279,11 +281,11 @@ MANY = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import test_biometrics as t
-from reid_nb import biometrics as bio
+from reid_nb import gallery as gal
 for i in range(12):
-    bio.Gallery(sys.argv[2], t.MATCHER, create=True).add(f'{sys.argv[3]} {i % 3}', t.template())
-    bio.Gallery(sys.argv[2], t.MATCHER, create=True).add('Both', t.template(t.BLUE))
-    if i % 3 == 2: bio.Gallery(sys.argv[2]).erase(f'{sys.argv[3]} 1')
+    gal.Gallery(sys.argv[2], t.MATCHER, create=True).add(f'{sys.argv[3]} {i % 3}', t.template())
+    gal.Gallery(sys.argv[2], t.MATCHER, create=True).add('Both', t.template(t.BLUE))
+    if i % 3 == 2: gal.Gallery(sys.argv[2]).erase(f'{sys.argv[3]} 1')
 """
 
 def test_two_processes_at_once(tmp_path):
@@ -291,7 +293,7 @@ def test_two_processes_at_once(tmp_path):
     both = [subprocess.Popen([*args, who]) for who in 'AB']
     assert [p.wait(300) for p in both] == [0, 0]
     assert consistent(tmp_path/'g') == ['A 0', 'A 2', 'B 0', 'B 2', 'Both']
-    here = bio.Gallery(tmp_path/'g')
+    here = gal.Gallery(tmp_path/'g')
     assert len(here.templates('Both')[0]) == 24 and len(here.templates('A 0')[0]) == 4
     assert sum(e == 'erased' for _, e, _, _ in here.history()) == 8
 
@@ -305,10 +307,10 @@ def test_a_full_disk_stores_nothing(films, tiny_disk):
     assert files(tiny_disk) == before and consistent(tiny_disk/'g') == ['Red']
 
 def test_the_log_only_grows(tmp_path):
-    here = bio.Gallery(tmp_path/'g', MATCHER, create=True)
+    here = gal.Gallery(tmp_path/'g', MATCHER, create=True)
     here.add('Ada', template())
     for query in ('DELETE FROM log', "UPDATE log SET event = ''"):
-        with pytest.raises(bio.sqlite3.IntegrityError, match='only grows'), here.writing() as db: db.execute(query)
+        with pytest.raises(gal.sqlite3.IntegrityError, match='only grows'), here.writing() as db: db.execute(query)
     assert len(here.history()) == 1
 
 # --- gate and tracks
@@ -320,12 +322,12 @@ def test_every_refusal_has_its_reason():
                  flat=(225, 20, 265, 120))
     canvas[:,224:266] = 128
     people = [Person(k, np.float32(b), .05 if name == 'unsure' else .9) for k, (name, b) in enumerate(boxes.items())]
-    assert [s.refused for s in bio.judge(0, canvas, people)] == [
+    assert [s.refused for s in ppl.judge(0, canvas, people)] == [
         '', 'small', 'cut by the edge', 'overlap', 'overlap', 'outside', 'unsure', 'blurred']
 
 def test_a_long_track_keeps_a_few_spread_pictures():
-    track = bio.Track(1)
-    for i in range(5000): track.add(bio.Shot(i, (0, 0, 9, 9), quality=.5 + .5*(i % 11 == 0)))
+    track = ppl.Track(1)
+    for i in range(5000): track.add(ppl.Shot(i, (0, 0, 9, 9), quality=.5 + .5*(i % 11 == 0)))
     frames = [s.frame for s in track.shots]
     assert 8 <= len(frames) <= 16 and all(f % 11 == 0 for f in frames) and max(np.diff(frames)) < 1400
 
@@ -345,12 +347,12 @@ def ckpt(tmp_path_factory):
     return path
 
 def test_thresholds_must_be_of_this_checkpoint(ckpt, tmp_path):
-    assert bio.load_matcher(ckpt).thresholds == POINTS
+    assert ppl.load_matcher(ckpt).thresholds == POINTS
     other = tmp_path/'reid.safetensors'
     other.write_bytes(ckpt.read_bytes())
-    with pytest.raises(BadInput, match='no thresholds'): bio.load_matcher(other)
+    with pytest.raises(BadInput, match='no thresholds'): ppl.load_matcher(other)
     other.with_suffix('.thresholds.json').write_text('{"checkpoint_digest": "0", "thresholds": {}}')
-    with pytest.raises(BadInput, match='no thresholds'): bio.load_matcher(other)
+    with pytest.raises(BadInput, match='no thresholds'): ppl.load_matcher(other)
 
 def one_line(done, *words):
     lines = done.stderr.strip().splitlines()

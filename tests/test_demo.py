@@ -17,11 +17,15 @@ from hypothesis import strategies as st
 from test_biometrics import BLUE, MATCHER, POINTS, RED, ckpt, colours, crops, files, film, films
 
 from reid_nb import biometrics as bio
+from reid_nb import gallery as gal
+from reid_nb import people as ppl
 from reid_nb import demo
 from reid_nb.dataset import BadInput
+from reid_nb.people import clock
 
-def kind(answer): return re.search(r'class="answer (\w+)"', answer)[1]
-def images(answer): return answer.count('<img')
+def text(reply): return reply if isinstance(reply, str) else reply[0]
+def kind(reply): return re.search(r'class="answer (\w+)"', text(reply))[1]
+def images(reply): return text(reply).count('<img')
 
 @pytest.fixture
 def desk(tmp_path):
@@ -37,42 +41,43 @@ def known(desk, films):
 
 def test_hits_are_counted_for_each_person(known, films):
     got = known.identify(films['green'], 0, 59, 'gallery', 'query', '0.01')
-    assert kind(got) == 'bad' and 'unknown' in got
+    assert kind(got) == 'bad' and 'unknown' in got.html
     known.erase('Blue', True)
     got = known.identify(films['both'], 0, 59, 'gallery', 'query', '0.01')
-    assert '1 of 2 people identified: Red' in got and 'unknown' in got and images(got) == 2
+    assert '1 of 2 people identified: Red' in got.html and 'unknown' in got.html and images(got) == 2
 
 def test_verification_compares_with_the_claimed_identity(known, films):
     assert kind(known.verify(films['again'], 0, 59, 'Red', '0.01')) == 'good'
     got = known.verify(films['again'], 0, 59, 'Blue', '0.01')
-    assert kind(got) == 'bad' and 'Red' not in got
+    assert kind(got) == 'bad' and 'Red' not in got.html
 
 def test_a_failed_run_shows_nothing_old(known, films, tmp_path):
     (tmp_path/'root'/'notes.mp4').write_text('not a video')
     wrong = [(None, 0, 59, 'Red'), (films['red'], 50, 10, 'Red'), (tmp_path/'root'/'notes.mp4', 0, 59, 'Red'),
-             (films['red'], 0, 59, None), (films['nobody'], 0, 59, 'Red'), (films['red'], 0, 9_999, 'Red')]
+             (films['red'], 0, 59, None), (films['nobody'], 0, 59, 'Red')]
     got = [known.verify(*args, '0.01') for args in wrong] + [known.enroll(*args, True) for args in wrong]
     for got in *got, known.identify(films['red'], 0, 59, '', 'query', '0.01'), known.erase('Red', False):
-        assert kind(got) == 'error' and images(got) == 0 and str(tmp_path) not in got, got
+        assert kind(got) == 'error' and images(got) == 0 and not got.film and str(tmp_path) not in got.html, got
 
 def test_a_person_among_several_is_asked_for(desk, films):
     got = desk.enroll(films['both'], 0, 59, 'Red', True)
-    assert kind(got) == 'ask' and images(got) == 2 and desk.names() == []
-    tracks = bio.find_tracks(films['both'])
+    assert kind(got) == 'ask' and images(got) == 2 and desk.names() == [] and got.people == (1, 2)
+    assert len(clock(got.film)) == 60     # a film with the numbers
+    tracks = ppl.find_tracks(films['both'])
     number = next(t.number for t in tracks if colours([s.crop for s in t.shots]).mean(0).argmax() == 0)
-    assert kind(desk.enroll(films['both'], 0, 59, 'Red', True, f' {number} ')) == 'good'
-    assert (bio.Gallery(desk.gallery).samples('Red')[1].argmax(1) == 0).all()
-    for bad in ('7', 'two', '-1', '²'): assert kind(desk.enroll(films['both'], 0, 59, 'Red', True, bad)) == 'error'
+    assert kind(desk.enroll(films['both'], 0, 59, 'Red', True, number)) == 'good'
+    assert (gal.Gallery(desk.gallery).samples('Red')[1].argmax(1) == 0).all()
+    assert kind(desk.enroll(films['both'], 0, 59, 'Red', True, 7)) == 'error'
 
 def test_enrolling_again_adds(known, films):
     before = crops(known.gallery)
-    assert 'templates in all: 2' in known.enroll(films['again'], 0, 59, 'Red', True)
+    assert 'templates in all: 2' in known.enroll(films['again'], 0, 59, 'Red', True).html
     assert set(before) < set(crops(known.gallery))
 
 def test_the_list_is_read_afresh(known, films):
     bio.enroll('Late', films['green'], known.gallery, MATCHER)
     assert known.names() == ['Blue', 'Late', 'Red'] and images(known.samples('Late')) > 0
-    bio.Gallery(known.gallery).erase('Late')
+    gal.Gallery(known.gallery).erase('Late')
     assert known.names() == ['Blue', 'Red'] and known.samples('Late') == ''
 
 def test_few_crops_are_shown(desk, films):
@@ -94,15 +99,15 @@ def test_the_network_is_loaded_once(ckpt, films, tmp_path, monkeypatch):
 # --- consent, erasing, paths
 
 def test_nobody_is_enrolled_without_consent(desk, films):
-    assert 'consent' in desk.enroll(films['red'], 0, 59, 'Red', False) and desk.names() == []
+    assert 'consent' in desk.enroll(films['red'], 0, 59, 'Red', False).html and desk.names() == []
     desk.enroll(films['red'], 0, 59, 'Red', True)
-    assert bio.Gallery(desk.gallery).read('SELECT consent FROM templates') == [(demo.CONSENT,)]
+    assert gal.Gallery(desk.gallery).read('SELECT consent FROM templates') == [(demo.CONSENT,)]
 
 def test_deleting_gives_a_receipt_and_takes_the_query_too(known, films, tmp_path):
     known.identify(films['red'], 0, 59, 'gallery', 'query', '0.01')
     assert crops(tmp_path/'root'/'query')
     got = known.erase('Red', True)
-    assert 'Receipt: Red is forgotten' in got and known.names() == ['Blue'] and not crops(tmp_path/'root'/'query')
+    assert 'Receipt: Red is forgotten' in got.html and known.names() == ['Blue'] and not crops(tmp_path/'root'/'query')
     assert not any('Red' in f for f in files(tmp_path/'root')) and all('Red' not in str(row) for row in known.history())
 
 def test_query_crops_are_those_of_the_last_query_only(known, films, tmp_path):
@@ -141,7 +146,7 @@ def test_nothing_gets_into_the_page_unescaped(text):
     assert re.findall('<[^>]*', demo.answer('bad', text, [text])) == re.findall('<[^>]*', plain)
 
 def test_another_models_gallery_is_refused(known, tmp_path):
-    with pytest.raises(BadInput, match='another model'): demo.Desk(known.gallery, bio.Matcher(colours, 'b'*64, POINTS))
+    with pytest.raises(BadInput, match='another model'): demo.Desk(known.gallery, ppl.Matcher(colours, 'b'*64, POINTS))
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'thesis.txt').write_text('mine')
     with pytest.raises(BadInput, match='no gallery'): demo.Desk(tmp_path/'mine', MATCHER)
@@ -160,7 +165,7 @@ def test_the_app_from_the_outside(client, films):
     clip = {name: handle_file(str(path)) for name, path in films.items()}
     first, last, answer = client.predict(clip['red'], api_name='/frames')
     assert (first['maximum'], last['maximum'], last['value'], answer) == (59, 59, 59, '')     # frames, not seconds
-    assert kind(client.predict(clip['red'], 0, 59, 'Ada & Söhne', True, '', api_name='/enroll')) == 'good'
+    assert kind(client.predict(clip['red'], 0, 59, 'Ada & Söhne', True, None, api_name='/enroll')) == 'good'
     assert client.predict(api_name='/people')[0]['choices'] == [['Ada & Söhne']*2]
     assert kind(client.predict(clip['again'], 0, 59, 'Ada & Söhne', '0.001', api_name='/verify')) in ('good', 'ask')
     assert kind(client.predict(clip['blue'], 0, 59, 'Ada & Söhne', '0.01', api_name='/verify')) == 'bad'
