@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'MAX_FRAMES', 'MAX_MINUTES', 'MAX_PIXELS', 'MAX_MB', 'SEATS'
            'clip_inputs', 'frame_range', 'buttons', 'answer_column', 'rate_input', 'enrollment_tab', 'verification_tab',
            'identification_tab', 'gallery_tab', 'build_demo', 'read_login', 'serve', 'reid_demo']
 
-# %% ../nbs/08_demo.ipynb #bc48a2df
+# %% ../nbs/08_demo.ipynb #81ca9eab
 import base64, hmac, html, ipaddress, os, re, sqlite3, tempfile, threading
 from collections import namedtuple
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ from .people import clock, describe, load_matcher, stretches
 from .toy_city import build_toy
 from .video import BadInput
 
-# %% ../nbs/08_demo.ipynb #f835bfe0
+# %% ../nbs/08_demo.ipynb #1c13b67c
 def contact_sheet(
     pictures:list, # Of (uint8[h,w,3] RGB, caption)
     height:int=220, # Of each picture on the page, in pixels
@@ -43,7 +43,7 @@ def contact_sheet(
                    f'src="data:image/jpeg;base64,{data}"><figcaption>{text}</figcaption></figure>')
     return f'<div style="display:flex;flex-wrap:wrap;margin-top:.8em">{"".join(out)}</div>'
 
-# %% ../nbs/08_demo.ipynb #e246e485
+# %% ../nbs/08_demo.ipynb #bff62ff1
 KINDS = dict(good=('✔', 'Good news', '#e3f4e6', '#0b4a1b'),   # sign, word, ground and ink
              bad=('✖', 'Bad news', '#fde8e7', '#7a110c'),
              ask=('?', 'Your turn', '#fff4d6', '#5c4300'),
@@ -75,7 +75,7 @@ def answer(
             f'<ul style="margin:.4em 0 0 1.2em;list-style:disc;color:{ink}">{rows}</ul></div>'
             + contact_sheet(pictures))
 
-# %% ../nbs/08_demo.ipynb #469b1245
+# %% ../nbs/08_demo.ipynb #c7302df1
 def confine(
     root, # Folder that must not be left
     path:str, # As typed, relative to the root or absolute
@@ -88,7 +88,7 @@ def confine(
         raise BadInput(f'{ascii(str(path))[1:41]}: choose a folder below {root.name}/')
     return full
 
-# %% ../nbs/08_demo.ipynb #846fffcb
+# %% ../nbs/08_demo.ipynb #62e985ce
 def query_crops(folder):
     "The crops in a query folder; raises `BadInput` where it holds anything else"
     found = [p for p in Path(folder).rglob('*') if not p.is_dir()]
@@ -114,7 +114,7 @@ def write_query(
         there.mkdir(parents=True)
         for s in d.probe.shots: write_jpeg(there/f'{s.frame:08d}_{d.track:02d}.jpg', s.crop)
 
-# %% ../nbs/08_demo.ipynb #d15f5560
+# %% ../nbs/08_demo.ipynb #0dbc1e2e
 MAX_FRAMES, MAX_MINUTES, MAX_PIXELS, MAX_MB = 5000, 30, 3840*2160, 200
 
 def frames_of(
@@ -142,7 +142,7 @@ def part_of(video, first, last):
         raise BadInput(f'{last - first + 1} frames: choose at most {MAX_FRAMES} with the sliders')
     return first, last + 1
 
-# %% ../nbs/08_demo.ipynb #ef0cb7fe
+# %% ../nbs/08_demo.ipynb #736c730f
 SEATS = 10      # one visitor is served, nine wait
 CONSENT = 'This person has agreed to be enrolled, and knows that it can be undone at any time.'
 Reply = namedtuple('Reply', 'html film people', defaults=[None, ()])
@@ -177,7 +177,7 @@ class Desk:
             finally: self.door.release()
         finally: self.seats.release()
 
-# %% ../nbs/08_demo.ipynb #da04cff6
+# %% ../nbs/08_demo.ipynb #23508174
 def served(f):
     "Wait for one's turn, and turn whatever goes wrong into an answer that replaces the old one"
     @wraps(f)
@@ -199,7 +199,7 @@ def new_film(self:Desk):
     for path in old[:-SEATS]: path.unlink(missing_ok=True)
     return Path(tempfile.mkdtemp(dir=self.films.name))/'people.mp4'
 
-# %% ../nbs/08_demo.ipynb #e0bdd65f
+# %% ../nbs/08_demo.ipynb #47a248ab
 @patch
 def book(self:Desk):
     "The gallery, or None where nobody has been enrolled yet"
@@ -241,7 +241,7 @@ def crops_of(gallery, files):
     "Crops with their frames as captions"
     return [(read_rgb(Path(gallery)/f), f'frame {int(Path(f).stem[:8])}') for f in files]
 
-# %% ../nbs/08_demo.ipynb #95e067c3
+# %% ../nbs/08_demo.ipynb #1c18aa4e
 @patch
 @served
 def enroll(self:Desk,
@@ -272,7 +272,7 @@ def who_is_meant(video, tracks, film, start, stop, tell):
     return Reply(answer('ask', question, words, [(best(t), f'person {t.number}') for t in tracks]),
                  film, tuple(t.number for t in tracks))
 
-# %% ../nbs/08_demo.ipynb #09a83ccf
+# %% ../nbs/08_demo.ipynb #efdc7f5d
 def decided(outcome, gallery, film):
     "The reply for an outcome, with the evidence of each decision"
     head, *lines = explain(outcome)
@@ -319,7 +319,7 @@ def identify(self:Desk,
     write_query(query, got.decisions)
     return decided(got, there, film)
 
-# %% ../nbs/08_demo.ipynb #fc5797d0
+# %% ../nbs/08_demo.ipynb #b18ecbaa
 @patch
 @served
 def rename(self:Desk,
@@ -372,14 +372,15 @@ def erase(self:Desk,
     if r['left']: lines.append(f'not ours, so left in the folder: {", ".join(r["left"])}')
     return Reply(answer('good', f'Receipt: {r["name"]} is forgotten.', lines))
 
-# %% ../nbs/08_demo.ipynb #5d73d75d
+# %% ../nbs/08_demo.ipynb #afec0768
 PRIVATE = dict(api_visibility='private')   # events of the page that are no service to programs
 
 def fill(gr, reply, n):
     "Updates of the first `n` outputs: answer, film, people to choose from"
     choices = [(f'person {k}', k) for k in reply.people]
-    return [reply.html, gr.Video(reply.film and str(reply.film), visible=bool(reply.film)),
-            gr.Radio(choices, value=None, visible=bool(choices))][:n]
+    film = gr.Video(reply.film and str(reply.film), visible=bool(reply.film))
+    updates = [reply.html, film, gr.Radio(choices, value=None, visible=bool(choices))]
+    return updates[:n] if n > 1 else reply.html
 
 def tie(gr, desk, buttons, f, inputs, outputs, api_name):
     "Empty the old answer, then give the new one, telling how far it is; or stop"
@@ -401,7 +402,7 @@ def tie(gr, desk, buttons, f, inputs, outputs, api_name):
     return empty.then(work, inputs, outputs, api_name=api_name, concurrency_limit=None,
                       show_progress_on=outputs[0])
 
-# %% ../nbs/08_demo.ipynb #0e2cc3f7
+# %% ../nbs/08_demo.ipynb #b5a3ff40
 def clip_inputs(gr, examples):
     "Video, From Frame and To Frame, with clips to try"
     video = gr.Video(label='Video', sources=['upload'], include_audio=True, height=240)
@@ -436,7 +437,7 @@ def rate_input(gr, desk):
     rates = [(f'1 in {round(1/float(k)):,}', k) for k in desk.matcher.thresholds]
     return gr.Radio(rates, value=rates[0][1], label='False matches allowed, for each comparison')
 
-# %% ../nbs/08_demo.ipynb #7fba7575
+# %% ../nbs/08_demo.ipynb #b1b0307f
 def enrollment_tab(gr, desk, examples):
     with gr.Tab('Enrollment'), gr.Row():
         with gr.Column(min_width=300):
@@ -475,7 +476,7 @@ def identification_tab(gr, desk, examples):
     clip[0].change(frame_range, clip[0], [*clip[1:], out[0]], **PRIVATE)
     tie(gr, desk, press, desk.identify, [*clip, there, query, fmr], out, 'identify')
 
-# %% ../nbs/08_demo.ipynb #a7b58c1e
+# %% ../nbs/08_demo.ipynb #869856e1
 def gallery_tab(gr, desk):
     with gr.Tab('Gallery') as tab, gr.Row():
         with gr.Column(min_width=300):
@@ -508,7 +509,7 @@ def gallery_tab(gr, desk):
         tie(gr, desk, [button], f, inputs, [out], name).then(fresh, None, lists, **PRIVATE)
     return chosen, into, out_of
 
-# %% ../nbs/08_demo.ipynb #7dd90fc1
+# %% ../nbs/08_demo.ipynb #b168f66f
 def build_demo(
     gallery='gallery', # Folder of the gallery; made with the first enrolment
     checkpoint=None, # With thresholds beside it, or a `Matcher`
@@ -533,7 +534,7 @@ def build_demo(
         tab.select(people, None, [claimed, chosen, into, out_of], api_name='people')
     return app.queue()
 
-# %% ../nbs/08_demo.ipynb #c76d3bc8
+# %% ../nbs/08_demo.ipynb #611e8cba
 def read_login(
     path, # Text file, one `user:password` a line; None: no login
 )->list: # Of (user, password), or None; raises `BadInput`
@@ -563,11 +564,13 @@ def serve(
     def allowed(user, password):
         return any(hmac.compare_digest(f'{user}:{password}'.encode(), ':'.join(p).encode()) for p in login)
     fonts = dict(font=['system-ui', 'sans-serif'], font_mono=['monospace'])   # none from outside
+    dark = {'button_primary_background_fill': '*primary_600', 'color_accent': '*primary_600'}
+    dark |= {f'{k}_text_color': '*neutral_600' for k in ('block_label', 'block_title', 'block_info')}
     return app.launch(server_name=host, server_port=port, share=share, footer_links=[],
                       auth=allowed if login else None, max_file_size=f'{MAX_MB}mb',
-                      theme=gr.themes.Default(primary_hue='blue', **fonts), **kw)
+                      theme=gr.themes.Default(primary_hue='blue', **fonts).set(**dark), **kw)
 
-# %% ../nbs/08_demo.ipynb #e99c0402
+# %% ../nbs/08_demo.ipynb #8855393a
 @command
 def reid_demo(
     port:int=7860, # Of the page

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Exact', 'distinct', 'Faiss', 'Qdrant', 'make_index']
 
-# %% ../nbs/06c_search.ipynb #2c338078
+# %% ../nbs/06c_search.ipynb #a54cf158
 import os
 
 import numpy as np
 
 from .video import BadInput
 
-# %% ../nbs/06c_search.ipynb #59ff9e3f
+# %% ../nbs/06c_search.ipynb #c99e0c73
 class Exact:
     "All templates in memory, one product."
     def __init__(self,
@@ -33,7 +33,7 @@ class Exact:
         top = np.argpartition(-best, min(k, len(best)) - 1)[:k]
         return [(int(self.people[i]), float(best[i])) for i in top[np.argsort(-best[top])]]
 
-# %% ../nbs/06c_search.ipynb #1ff7165c
+# %% ../nbs/06c_search.ipynb #65e2195d
 def distinct(
     search, # Function: n -> the n best (person, score), best first
     k:int, # People wanted
@@ -47,7 +47,7 @@ def distinct(
         if len(best) >= k or n >= total: return list(best.items())[:k]
         n *= 4
 
-# %% ../nbs/06c_search.ipynb #1df4904e
+# %% ../nbs/06c_search.ipynb #346f6c70
 class Faiss:
     "Templates in memory with 16 bits a number; the arguments of `Exact`."
     def __init__(self, ids, people, read):
@@ -62,7 +62,7 @@ class Faiss:
         def search(n): return zip(*(x[0] for x in self.index.search(probe[None], n)[::-1]))
         return distinct(search, k, self.index.ntotal)
 
-# %% ../nbs/06c_search.ipynb #7fd5cbe8
+# %% ../nbs/06c_search.ipynb #3a908524
 class Qdrant:
     "Templates on a Qdrant server; the arguments of `Exact`, and the server."
     def __init__(self,
@@ -117,7 +117,7 @@ class Qdrant:
             return [(p.payload['person'], p.score) for p in points]
         return distinct(search, k, self.total)
 
-# %% ../nbs/06c_search.ipynb #422d01c6
+# %% ../nbs/06c_search.ipynb #c8a1367f
 def make_index(
     where:str, # 'exact', 'faiss', or the URL of a Qdrant server
     ids:np.ndarray, # int64[n], numbers of the templates

@@ -1,0 +1,273 @@
+"The demo as people use it: a real browser, headless. Screenshots go to the folder that REID_SCREENSHOTS names."
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from playwright.sync_api import sync_playwright
+
+from reid_nb import demo, people
+from reid_nb.evaluate import evaluate
+from reid_nb.finetune import finetune
+
+SHOTS = Path(os.environ.get('REID_SCREENSHOTS', ROOT/'nbs'/'_run'/'screenshots'))
+SIZES = dict(desktop=dict(width=1280, height=900), phone=dict(width=375, height=812))
+
+@pytest.fixture(scope='module')
+def browser():
+    names = 'chromium', 'chromium-browser', 'google-chrome'
+    exe = next(filter(None, map(shutil.which, names)), None)
+    if not exe: pytest.skip(f'no browser here: none of {", ".join(names)} is installed')
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=exe, args=['--no-sandbox'])
+        yield browser
+        browser.close()
+
+@pytest.fixture(scope='module')
+def network(toy):
+    "The network of the lessons, with its thresholds."
+    ckpt = finetune(toy/'market', out=ROOT/'nbs'/'_run'/'checkpoint', arch='resnet10', epochs=40, size=(96, 48))
+    evaluate(ckpt, toy/'market')
+    return ckpt
+
+@pytest.fixture
+def site(network, toy, tmp_path):
+    "The running demo, with nobody enrolled: (its address, the gallery's folder)"
+    app = demo.build_demo(tmp_path/'gallery', network, examples=toy/'clips')
+    _, url, _ = demo.serve(app, prevent_thread_lock=True, quiet=True, inline=False)
+    yield url, tmp_path/'gallery'
+    app.close()
+
+class Visitor:
+    "Someone at a page: finds things by what is written on them."
+    def __init__(self, browser, url, size='desktop', **kw):
+        self.size, self.page = size, browser.new_page(viewport=SIZES[size], **kw)
+        self.page.set_default_timeout(30_000)
+        self.errors = []
+        self.page.on('pageerror', lambda e: self.errors.append(str(e)))
+        self.page.goto(url)
+        self.page.get_by_role('heading', name='Who is it?').wait_for()
+
+    @property
+    def panel(self): return self.page.locator('[role=tabpanel]:visible')
+
+    def tab(self, name):
+        tab = self.page.get_by_role('tab', name=name)
+        if not tab.is_visible():    # on a phone the last ones are behind a button
+            self.page.locator('.overflow-menu button').first.click()
+            tab = self.page.locator('.overflow-dropdown').get_by_text(name)
+        tab.click()
+        self.page.wait_for_timeout(300)
+
+    def example(self, name):
+        "Choose a clip of the toy city; wait until the sliders know it"
+        self.panel.get_by_role('button', name=name, exact=True).click()
+        self.panel.locator('video').first.wait_for()
+        self.page.wait_for_function("""() => [...document.querySelectorAll('[role=tabpanel] input[type=number]')]
+            .filter(x => x.offsetParent).some(x => x.max > 0 && x.max < 4999)""")
+
+    def upload(self, path):
+        self.forget()
+        self.panel.locator('input[type=file]').first.set_input_files(path)
+
+    def forget(self):
+        "Answers that are there by now are old"
+        self.page.evaluate("document.querySelectorAll('.answer').forEach(x => x.dataset.old = 1)")
+
+    def click(self, name):
+        self.forget()
+        self.panel.get_by_role('button', name=name, exact=True).click()
+
+    def answer(self, kind):
+        "The text of the answer, which must be of this kind"
+        box = self.panel.locator('.answer:not([data-old])')
+        box.wait_for()
+        text = box.inner_text()
+        assert kind in box.get_attribute('class'), text
+        return text
+
+    def submit(self, kind):
+        self.click('Submit')
+        return self.answer(kind)
+
+    def shot(self, name):
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SHOTS/f'{name}_{self.size}.png', full_page=True)
+
+def enrol(visitor, name, clip, kind='good'):
+    visitor.tab('Enrollment')
+    visitor.example(clip)
+    visitor.panel.get_by_label('Name Surname').fill(name)
+    visitor.panel.get_by_label(demo.CONSENT).check()
+    return visitor.submit(kind)
+
+@pytest.mark.long
+def test_a_visit(browser, site):
+    "Enrol three people, a true and a false claim, a known and an unknown person, look after the gallery, erase."
+    url, gallery = site
+    v = Visitor(browser, url)
+    for name, clip in ('Ada', 'ada_c1'), ('Bruno', 'bruno_c1'), ('Chiara', 'chiara_c1'):
+        assert f'Completed: {name} is enrolled' in enrol(v, name, clip)
+    v.shot('enrollment')
+    v.tab('Verification')
+    v.example('ada_c3')
+    v.panel.get_by_label('Ada').check()
+    v.panel.locator('figure').first.wait_for()     # her enrolled crops
+    assert 'Ada is recognised' in v.submit('good')
+    plays(v)
+    v.shot('verification_true')
+    v.panel.get_by_label('Bruno').check()
+    text = v.submit('bad')
+    assert 'nobody in the clip is recognised as Bruno' in text and 'Ada' not in text
+    v.shot('verification_false')
+    v.tab('Identification')
+    v.example('ada_c3')
+    assert '1 of 1 people identified: Ada' in v.submit('good')
+    plays(v)
+    v.shot('identification_known')
+    v.example('elena_c3')
+    assert 'unknown' in v.submit('bad')
+    v.shot('identification_unknown')
+    look_after(v)
+    assert sorted(p.name for p in gallery.iterdir()) == ['Ada', 'Bruno', 'gallery.sqlite'] and v.errors == []
+
+def plays(visitor):
+    "The film with boxes and names is there, and the browser can decode it."
+    film = visitor.panel.locator('video').last
+    film.wait_for()
+    visitor.page.wait_for_function('v => v.readyState >= 2 && v.videoWidth > 0', arg=film.element_handle())
+
+def look_after(v):
+    "Rename, merge, undo, erase."
+    v.tab('Gallery')
+    v.panel.get_by_label('Chiara').check()
+    v.panel.locator('figure').first.wait_for()
+    v.panel.get_by_text('Another name', exact=True).click()
+    v.panel.get_by_label('New name').fill('Chiara B')
+    v.click('Rename')
+    assert 'Chiara is now called Chiara B' in v.answer('good')
+    v.panel.get_by_label('Chiara B').check()
+    v.panel.get_by_text('Two names, one person', exact=True).click()
+    choose(v, 'Is the same person as', 'Ada')
+    v.click('Merge')
+    assert 'one person now, Ada' in v.answer('good')
+    v.panel.get_by_label('Chiara B', exact=True).wait_for(state='detached')
+    v.shot('gallery_merged')
+    choose(v, 'Merged names', 'Chiara B')
+    v.click('Undo this merge')
+    assert 'Chiara B is a person of their own' in v.answer('good')
+    v.panel.get_by_label('Chiara B', exact=True).check()
+    v.panel.get_by_text('Forget', exact=True).click()
+    v.panel.get_by_label('Delete this person for good').check()
+    v.click('Delete')
+    assert 'Receipt: Chiara B is forgotten' in v.answer('good')
+    v.shot('gallery_receipt')
+
+def choose(v, label, name):
+    v.panel.get_by_label(label).click()
+    v.page.get_by_role('option', name=name, exact=True).click()
+
+@pytest.mark.long
+def test_a_visit_by_phone(browser, site):
+    "Who is meant is chosen, not typed; nothing is wider than the screen; a stranger in company stays unknown."
+    url, gallery = site
+    v = Visitor(browser, url, 'phone', has_touch=True)
+    fits(v)
+    assert 'Choose the one who is meant' in enrol(v, 'Dario', 'dario_fabio_c1', 'ask')
+    plays(v)
+    v.panel.get_by_label('person 1').check()
+    v.shot('who_is_meant')
+    assert 'Dario is enrolled' in v.submit('good') and v.panel.get_by_label('person 1').count() == 0
+    fits(v)
+    v.tab('Identification')
+    v.example('fabio_c3')
+    assert 'unknown' in v.submit('bad')
+    fits(v)
+    v.shot('identification')
+    v.tab('Gallery')
+    v.panel.get_by_label('Dario').wait_for()
+    fits(v)
+    v.shot('gallery')
+    assert v.errors == []
+
+def fits(v):
+    assert v.page.evaluate('document.documentElement.scrollWidth') <= v.page.viewport_size['width']
+
+@pytest.mark.long
+def test_what_goes_wrong_is_said_and_replaces_the_old_answer(browser, site, tmp_path):
+    url, gallery = site
+    v = Visitor(browser, url)
+    enrol(v, 'Ada', 'ada_c1')
+    assert v.panel.locator('figure').count() > 5
+    v.panel.get_by_label('Name Surname').fill('../../etc')
+    assert 'cannot be a name' in v.submit('error') and v.panel.locator('figure').count() == 0
+    v.panel.get_by_label(demo.CONSENT).uncheck()
+    assert 'consent' in v.submit('error')
+    v.tab('Verification')
+    assert 'no identity is claimed' in v.submit('error')
+    v.panel.get_by_label('Ada').check()
+    assert 'upload a clip first' in v.submit('error')
+    (tmp_path/'notes.mp4').write_text('these are notes')
+    v.upload(tmp_path/'notes.mp4')
+    assert 'notes.mp4: this is not a video' in v.answer('error')
+    v.shot('not_a_video')
+    assert str(tmp_path) not in v.page.content() and [p.name for p in gallery.glob('A*')] == ['Ada']
+
+@pytest.mark.long
+def test_progress_and_cancel(browser, site):
+    "A long step says how far it is; Cancel ends it, and nothing is stored."
+    url, gallery = site
+    v = Visitor(browser, url)
+    judge = people.judge
+    def dawdle(*args): return time.sleep(.2) or judge(*args)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(people, 'judge', dawdle)
+        v.tab('Enrollment')
+        v.example('ada_c1')
+        v.panel.get_by_label('Name Surname').fill('Ada')
+        v.panel.get_by_label(demo.CONSENT).check()
+        v.click('Submit')
+        v.page.get_by_text('looking for people').first.wait_for()
+        v.shot('progress')
+        v.click('Cancel')
+        assert 'Nothing has been stored' in v.answer('stop')
+    assert not gallery.exists()
+    assert 'Completed' in v.submit('good')      # and the next one is served
+
+@pytest.mark.long
+def test_keyboard_and_labels(browser, site):
+    "Everything that takes input has a name, and Submit is reached and pressed without a mouse."
+    v = Visitor(browser, site[0])
+    nameless = """() => [...document.querySelectorAll('input, textarea, select, button')].filter(x => x.offsetParent)
+        .filter(x => !(x.innerText || x.ariaLabel || x.title || (x.labels && x.labels.length) || x.closest('label')
+                       || x.getAttribute('aria-labelledby'))).map(x => x.outerHTML.slice(0, 160))"""
+    for name in ('Enrollment', 'Verification', 'Identification', 'Gallery'):
+        v.tab(name)
+        assert v.page.evaluate(nameless) == []
+    v.tab('Verification')
+    v.page.get_by_role('tab', name='Verification').focus()
+    for _ in range(60):
+        v.page.keyboard.press('Tab')
+        if v.page.evaluate('document.activeElement.innerText') == 'Submit': break
+    v.page.keyboard.press('Enter')
+    assert 'no identity is claimed' in v.answer('error')
+
+@pytest.mark.long
+def test_who_has_no_password_stays_outside(browser, network, tmp_path):
+    (tmp_path/'login').write_text('ada:count:ess\n')
+    app = demo.build_demo(tmp_path/'gallery', network)
+    _, url, _ = demo.serve(app, login=demo.read_login(tmp_path/'login'), prevent_thread_lock=True, quiet=True, inline=False)
+    page = browser.new_page()
+    page.goto(url)
+    def enter(password):
+        page.get_by_label('username').fill('ada')
+        page.get_by_label('password').fill(password)
+        page.get_by_role('button', name='Login').click()
+    enter('count')
+    page.get_by_text('Incorrect').first.wait_for()
+    assert page.get_by_text('Who is it?').count() == 0
+    enter('count:ess')
+    page.get_by_role('heading', name='Who is it?').wait_for()
+    app.close()
