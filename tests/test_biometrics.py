@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -21,21 +22,24 @@ from reid_nb.dataset import BadInput, Person
 
 RED, GREEN, BLUE, YELLOW = (220, 40, 40), (40, 200, 60), (50, 60, 220), (220, 200, 40)
 
-def film(path, *people, n=60):
+def film(path, *people, n=60, pix='yuv420p', codec='libx264', times=None, turned=False):
     "A fixed camera; a person is (colour, first frame, pixels a frame, row): a checked box that walks to the right."
     h, w = 240, 400
     ground = np.random.default_rng(0).integers(90, 110, (h, w, 3)).astype(np.uint8)
     checks = (np.indices((80, 30))//5).sum(0) % 2
     with av.open(str(path), 'w') as f:
-        s = f.add_stream('libx264', rate=12, options=dict(crf='15', threads='1'))
-        s.width, s.height, s.pix_fmt = w, h, 'yuv420p'
+        s = f.add_stream(codec, rate=12, options=dict(crf='15', threads='1') if codec == 'libx264' else {})
+        s.width, s.height, s.pix_fmt = (h, w, pix) if turned else (w, h, pix)
+        if times is not None: s.codec_context.time_base = Fraction(1, 1000)
         for i in range(n):
             a = ground.copy()
             for colour, first, speed, y in people:
                 x = 10 + speed*(i - first)
                 if i < first or x >= w - 40: continue
                 a[y:y+80,x:x+30] = np.where(checks[...,None], colour, np.array(colour)*.75)
-            f.mux(s.encode(av.VideoFrame.from_ndarray(a, format='rgb24')))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(a)) if turned else a, format='rgb24')
+            if times is not None: frame.pts, frame.time_base = int(1000*times[i]), Fraction(1, 1000)
+            f.mux(s.encode(frame))
         f.mux(s.encode())
     return path
 
