@@ -7,7 +7,7 @@ __all__ = ['one_at_a_time', 'clock', 'Gate', 'sharpness', 'Shot', 'covered', 'ju
            'on_screen', 'usable', 'require_somebody', 'stretches', 'describe', 'Matcher', 'load_matcher', 'Template',
            'make_template']
 
-# %% ../nbs/06b_people.ipynb #16544f85
+# %% ../nbs/06b_people.ipynb #59459bee
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from .dataset import detect_people, fit_boxes, sha256
 from .evaluate import read_thresholds
 from .video import BadInput, read_frames
 
-# %% ../nbs/06b_people.ipynb #485d5a2d
+# %% ../nbs/06b_people.ipynb #ff9f2eee
 def clock(
     video, # Path of a video file
     start:int=0, # A frame that there must be
@@ -32,13 +32,14 @@ def clock(
     with av.open(str(video)) as f:
         s = f.streams.video[0]
         times = [p.pts for p in f.demux(s) if p.size]
-        rate, unit = float(s.average_rate or 25), float(s.time_base or 1)
+        rate, unit = float(s.average_rate or 0), float(s.time_base or 1)
     if start >= len(times):
         raise BadInput(f'{video}: it has no frame {start}, only {len(times)} frames')
-    if None in times: return np.arange(len(times))/rate     # AVI files may not say
+    if None in times or len({*times}) < len(times):     # it does not say, or talks nonsense
+        return np.arange(len(times))/(rate if 1 <= rate <= 240 else 25)
     return (np.sort(times) - min(times))*unit
 
-# %% ../nbs/06b_people.ipynb #0cc6bbaa
+# %% ../nbs/06b_people.ipynb #b19ae2a8
 @dataclass(frozen=True)
 class Gate:
     "What a picture of a person must be to count."
@@ -49,7 +50,7 @@ class Gate:
     sharpness:float=10. # Least variance of the Laplacian, at 128x64 pixels
     pictures:int=5      # Pictures that a track must have after all this
 
-# %% ../nbs/06b_people.ipynb #34449af7
+# %% ../nbs/06b_people.ipynb #9c13fea9
 def sharpness(
     crop:np.ndarray, # uint8[h,w,3]
 )->float: # Variance of the Laplacian of grey levels at 128x64 pixels
@@ -57,7 +58,7 @@ def sharpness(
     grey = cv2.cvtColor(cv2.resize(crop, (64, 128)), cv2.COLOR_RGB2GRAY)
     return float(cv2.Laplacian(grey, cv2.CV_64F).var())
 
-# %% ../nbs/06b_people.ipynb #16ac53f8
+# %% ../nbs/06b_people.ipynb #d5bc297d
 @dataclass
 class Shot:
     "One person in one frame."
@@ -73,7 +74,7 @@ def covered(k, boxes):
     wh = np.minimum(box[2:], others[:,2:]) - np.maximum(box[:2], others[:,:2])
     return (wh.clip(0).prod(1)/max(1, np.prod(box[2:] - box[:2]))).max(initial=0)
 
-# %% ../nbs/06b_people.ipynb #f56bea01
+# %% ../nbs/06b_people.ipynb #66ff6a6c
 def judge_one(frame, rgb, k, boxes, why, conf, gate):
     "The `Shot` of person `k`"
     (x1, y1, x2, y2), (H, W) = boxes[k].tolist(), rgb.shape[:2]
@@ -101,7 +102,7 @@ def judge(
     boxes, why = fit_boxes(given, *rgb.shape[:2])
     return [judge_one(frame, rgb, k, boxes, why[k], p.conf, gate) for k, p in enumerate(people)]
 
-# %% ../nbs/06b_people.ipynb #874fca1e
+# %% ../nbs/06b_people.ipynb #d3b1093f
 @dataclass
 class Track:
     "One person through a clip."
@@ -127,7 +128,7 @@ class Track:
     @property
     def shots(self): return list(self.best.values())
 
-# %% ../nbs/06b_people.ipynb #6771c218
+# %% ../nbs/06b_people.ipynb #9a140a51
 one_at_a_time = threading.Lock()  # the tracker counts its tracks in one place for all threads
 
 def find_tracks(
@@ -150,7 +151,7 @@ def find_tracks(
                 tracks.setdefault(person.track, Track(len(tracks) + 1)).add(shot)
     return list(tracks.values())
 
-# %% ../nbs/06b_people.ipynb #7525c515
+# %% ../nbs/06b_people.ipynb #3c98b712
 @contextmanager
 def on_screen(): # Yields a function to be told
     "A progress bar, where standard error is a terminal."
@@ -163,7 +164,7 @@ def on_screen(): # Yields a function to be told
             bar.update(int(100*share) - bar.n)
         yield tell
 
-# %% ../nbs/06b_people.ipynb #5c909a4e
+# %% ../nbs/06b_people.ipynb #27487115
 def usable(
     tracks:list, # From `find_tracks`
     gate:Gate=Gate(), # What counts
@@ -184,7 +185,7 @@ def require_somebody(video, tracks, gate=Gate()):
     reasons = '; '.join(f'person {n}: {r}' for n, r in why.items())
     raise BadInput(f'{video}: nobody to be seen well enough ({reasons or "nobody found"})')
 
-# %% ../nbs/06b_people.ipynb #6c6a9642
+# %% ../nbs/06b_people.ipynb #77c94bb9
 def stretches(
     track:Track, # Of a clip
     times:np.ndarray, # From `clock`
@@ -204,7 +205,7 @@ def describe(
     parts = '; '.join(f'frames {a} to {b}, {s:.1f} to {t:.1f} s' for a, b, s, t in seen)
     return f'person {number} ({parts})'
 
-# %% ../nbs/06b_people.ipynb #4e878ab8
+# %% ../nbs/06b_people.ipynb #4b6eb7ed
 @dataclass(frozen=True)
 class Matcher:
     "All that makes scores: the network, and what its scores mean."
@@ -224,7 +225,7 @@ def load_matcher(
         raise BadInput(f'{ckpt}: no thresholds for it beside it: reid_evaluate makes them')
     return Matcher(lambda crops: embed(model, meta, crops), sha256(ckpt), known['thresholds'])
 
-# %% ../nbs/06b_people.ipynb #0bb14fe7
+# %% ../nbs/06b_people.ipynb #353e1514
 @dataclass
 class Template:
     "One track as a vector, with the pictures behind it."

@@ -258,7 +258,8 @@ def test_keyboard_and_labels(browser, site):
 def test_who_has_no_password_stays_outside(browser, network, tmp_path):
     (tmp_path/'login').write_text('ada:count:ess\n')
     app = demo.build_demo(tmp_path/'gallery', network)
-    _, url, _ = demo.serve(app, login=demo.read_login(tmp_path/'login'), prevent_thread_lock=True, quiet=True, inline=False)
+    login = demo.read_login(tmp_path/'login')
+    _, url, _ = demo.serve(app, login=login, prevent_thread_lock=True, quiet=True, inline=False)
     page = browser.new_page()
     page.goto(url)
     def enter(password):

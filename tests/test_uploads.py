@@ -100,6 +100,17 @@ def test_uneven_times(desk, tmp_path):
     assert b == 39 and abs(s - (times[a] - times[0])) < .02 and abs(t - (times[39] - times[0])) < .02
     assert np.abs(clock(tmp_path/'film.mp4') - (times - times[0])).max() < .01
 
+def test_times_that_make_no_sense(tmp_path, clip):
+    "A file that shows all its frames at once: frames by number, at a rate that somebody may have meant"
+    with av.open(str(clip)) as f, av.open(str(tmp_path/'all_at_once.h264'), 'w') as out:
+        s = out.add_stream_from_template(f.streams.video[0])
+        for p in f.demux(video=0):
+            if p.size:
+                p.stream = s
+                out.mux(p)
+    times = clock(tmp_path/'all_at_once.h264')
+    assert len(times) == 40 and (np.diff(times) > .004).all() and times[-1] < 40
+
 def test_held_upright(desk, tmp_path, clip):
     "A phone notes that it was turned: people are found upright, and the film is upright"
     raw = bytearray(film(tmp_path/'lying.mp4', (RED, 3, 6, 60), n=40, turned=True).read_bytes())

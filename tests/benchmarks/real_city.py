@@ -2,11 +2,11 @@
 
     python tests/benchmarks/real_city.py DATA WEIGHTS [--people 300]
 
-DATA holds `real_city`, `cuhk03_p1` and `peers/osnet_x0_25_msmt17.onnx`; WEIGHTS is a detector of people for Ultralytics.
-Frames 0 to 100 of v01 and of v05 show the same square at the same time from two sides. Six people are enrolled from
-v01; who is who was decided by looking at the clips, and is written below as a point inside each person's box. The
-embedding is the peer OSNet, trained on other people; its thresholds are measured on `--people` people of cuhk03_p1's
-training part, camera against camera. No picture leaves the temporary folder.
+DATA holds `real_city`, `cuhk03_p1` and `peers/osnet_x0_25_msmt17.onnx`; WEIGHTS is a detector of people for
+Ultralytics. Frames 0 to 100 of v01 and of v05 show the same square at the same time from two sides. Six people are
+enrolled from v01; who is who was decided by looking at the clips, and is written below as a point in each person's
+box. The embedding is the peer OSNet, trained on other people; its thresholds are measured on `--people` people of
+cuhk03_p1's training part, camera against camera. No picture leaves the temporary folder.
 """
 import argparse
 import tempfile
