@@ -9,7 +9,7 @@ __all__ = ['SBS', 'RECIPES', 'STATS', 'MODEL', 'Recipe', 'change_recipe', 'seede
 
 # %% ../nbs/05_finetune.ipynb #ecc2d8f9
 import ast, hashlib, os, random, sys, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -220,7 +220,7 @@ class MarketFolder(ImageDataset):
         rows = [[(str(s.path), s.pid, s.camid) for s in part] for part in parts]
         super().__init__(*rows, **kw)
 
-register_image_dataset('market_folder', MarketFolder)
+with suppress(ValueError): register_image_dataset('market_folder', MarketFolder)  # known when run again
 
 # %% ../nbs/05_finetune.ipynb #c9d394b9
 @dataclass
