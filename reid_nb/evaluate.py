@@ -124,10 +124,12 @@ def expand_queries(
     qf, # float[q,d]
     gf, # float[g,d]
     k:int, # Answers to add, at least 1
+    rounds:int=1, # Searches, each with the result of the one before
 )->np.ndarray: # float32[q,d], rows of length 1; raises `BadInput`
-    "Average query expansion."
+    "Average query expansion; in several rounds, iterative impression aggregation."
     check_features(benchmark, qf, gf)
     if k < 1: raise BadInput(f'expand {k}: add at least one answer')
+    if rounds > 1: qf = expand_queries(benchmark, qf, gf, k, rounds - 1)
     out, (pids, camids) = [], labels(benchmark.gallery)
     rows = (row for block in blocks(qf, gf) for row in block)
     for query, feature, row in zip(benchmark.query, normalize(qf), rows):
@@ -171,12 +173,13 @@ def rank_with(
     benchmark:Benchmark, # With a protocol
     qf, # float[q,d]
     gf, # float[g,d]
-    options:dict, # Some of multi_query: True, expand: how many, rerank: True
+    options:dict, # Some of multi_query: True, expand: how many, rounds: how often, rerank: True
 )->Scores: # Raises `BadInput`
     "Score features under the benchmark's protocol, with options."
     check_features(benchmark, qf, gf)
     if options.get('multi_query'): qf = average_queries(benchmark, qf)
-    if options.get('expand'): qf = expand_queries(benchmark, qf, gf, options['expand'])
+    if options.get('expand'):
+        qf = expand_queries(benchmark, qf, gf, options['expand'], options.get('rounds', 1))
     if not options.get('rerank'): return rank(benchmark, qf, gf)
     return rank_rows(benchmark, rerank_distances(benchmark, qf, gf))
 
@@ -501,6 +504,8 @@ def check_options(benchmark, options, ready, embed_only, against):
     if ready and options.get('flip'):
         raise BadInput(f'flip goes with a checkpoint, not with ready-made features ({ready[0]})')
     if options.get('expand', 1) < 1: raise BadInput(f'expand {options["expand"]}: at least 1')
+    if 'rounds' in options and not (options['rounds'] > 0 and 'expand' in options):
+        raise BadInput(f'rounds {options["rounds"]}: give --expand too, and at least 1')
     if embed_only and (against or options.keys() - {'flip'}):
         raise BadInput('embed_only only writes features: of the options it takes flip alone')
     if options.get('rerank'): check_rerank(benchmark)
@@ -518,11 +523,12 @@ def evaluate(
     rerank:bool=False, # Re-rank by k-reciprocal neighbours
     expand:int=0, # Add so many best answers to each query
     multi_query:bool=False, # Average all queries, and `gt_bbox`, of a person in a camera
+    rounds:int=1, # Times to expand, each time from the query before
     against=None, # Compare with this: another checkpoint, or an npz of features
 )->dict: # The result; {} with `embed_only`; raises `BadInput` before anything is written
     "Score a checkpoint, or features made elsewhere, under a protocol."
     options = dict(flip=flip, rerank=rerank, expand=expand, multi_query=multi_query)
-    options = {k: v for k, v in options.items() if v}
+    options = {k: v for k, v in options.items() if v} | ({} if rounds == 1 else {'rounds': rounds})
     if bool(ckpt) == bool(features):
         raise BadInput('name either a checkpoint (reid_quickstart makes one), or --features')
     benchmark, source = read_benchmark(protocol, data), ckpt or features
@@ -684,11 +690,12 @@ def reid_evaluate(
     rerank:bool=False, # Re-rank by k-reciprocal neighbours (k1 20, k2 6, lambda 0.3)
     expand:int=0, # Add so many best answers to each query
     multi_query:bool=False, # Average all queries, and `gt_bbox`, of a person in a camera
+    rounds:int=1, # Times to expand, each time from the query before
     against:str=None, # Compare with this: another checkpoint, or an npz of features
 ):
     "Score a checkpoint, or features made elsewhere, under a protocol."
     r = evaluate(ckpt, data, protocol, out, features, embed_only, seed, flip, rerank, expand,
-                 multi_query, against)
+                 multi_query, rounds, against)
     if embed_only: return print(f'{embed_only}: written')
     print(f"{r['source']} under {r['protocol']}: {r['answerable']:,} queries of "
           f"{r['identities']:,} people, {r['gallery']:,} gallery pictures")

@@ -316,7 +316,8 @@ def to_input(
     B,h,w,_ = x.shape
     mean,std = [torch.as_tensor(v, device=x.device).float().repeat(w) for v in (mean,std)]
     rows = x.reshape(B,h,w*3).float()  # rows of 3 colours would be slow
-    return torch.addcmul(-mean/std, rows, 1/(255*std)).view(B,h,w,3).permute(0,3,1,2)
+    torch.addcmul(-mean/std, rows, 1/(255*std), out=rows)  # in place: fresh memory is slow
+    return rows.view(B,h,w,3).permute(0,3,1,2)
 
 # %% ../nbs/03b_views.ipynb #61571543
 def parse_size(

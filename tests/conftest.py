@@ -15,6 +15,11 @@ DATA = Path(os.environ.get('REID_DATA', ROOT.parent/'shared'/'data'))
 def pytest_configure(config):
     config.addinivalue_line('markers', 'long: takes more than about 20 seconds on two cores')
 
+def pytest_collection_modifyitems(items):
+    "The two longest files first, each in a worker of its own."
+    first = ['test_quickstart.py', 'test_notebooks.py']
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+
 @pytest.fixture(scope='session')
 def data():
     "Folder of real videos, detections and crops; it is not part of the project."

@@ -340,13 +340,14 @@ def test_a_long_track_keeps_a_few_spread_pictures():
 @pytest.fixture(scope='session')
 def ckpt(tmp_path_factory):
     "A network that has learned nothing, with thresholds beside it."
+    from reid_nb.backbones import build_backbone
     from reid_nb.dataset import sha256
-    from reid_nb.finetune import ReidModel
+    from reid_nb.heads import ReidModel
     from reid_nb.sessions import save_checkpoint
     path = tmp_path_factory.mktemp('ckpt')/'reid.safetensors'
     meta = dict(kind='reid', arch='resnet10', size=[64, 32], mean=[.5]*3, std=[.25]*3, digest='', classes=0)
-    meta |= dict(neck=True, feature='before')
-    save_checkpoint(path, ReidModel('resnet10').state_dict(), meta)
+    meta |= dict(model=dict(neck=True))
+    save_checkpoint(path, ReidModel(build_backbone('resnet10')).state_dict(), meta)
     path.with_suffix('.thresholds.json').write_text(json.dumps(dict(checkpoint_digest=sha256(path), thresholds=POINTS)))
     return path
 

@@ -256,6 +256,14 @@ def test_expansion_by_hand(seed, k):
         best = sorted(allowed, key=lambda x: -x @ unit(f))[:k]
         assert np.allclose(got, unit(unit(f) + sum(best)), atol=1e-4)
 
+@many
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 9), rounds=st.integers(1, 4))
+def test_impressions_gather_round_by_round(seed, k, rounds):
+    bench, qf, gf = random_benchmark(seed)
+    step = qf
+    for _ in range(rounds): step = expand_queries(bench, step, gf, k)
+    assert (step == expand_queries(bench, qf, gf, k, rounds)).all()
+
 def test_expansion_looks_at_no_labels_but_the_rules():
     "With a rule that ignores nothing, other labels change nothing"
     bench, qf, gf = random_benchmark(0)
@@ -344,6 +352,7 @@ def test_options_are_named(toy, colors, tmp_path, run):
 
 @pytest.mark.parametrize('options,words', [
     (dict(flip=True), 'flip goes with a checkpoint'), (dict(expand=-1), 'expand -1'),
+    (dict(rounds=2), 'rounds 2'), (dict(expand=2, rounds=0), 'rounds 0'),
     (dict(against='none.npz'), 'none.npz: no such file'), (dict(embed_only='o.npz', expand=1), 'only writes features')])
 def test_options_that_cannot_be(toy, colors, options, words):
     with pytest.raises(BadInput, match=words): evaluate(data=toy/'market', features=colors[3], **options)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from reid_nb.backbones import build_backbone
 from reid_nb.benchmarks import chance, rank, read_benchmark
 from reid_nb.dataset import BadInput
-from reid_nb.finetune import (RECIPES, ReidModel, TrainImages, embed, finetune, load_model, pk_batches, read_weights,
-                              take_labels, transfer_weights)
+from reid_nb.finetune import (RECIPES, MarketFolder, TrainImages, change_recipe, embed, finetune, load_model,
+                              pk_batches, take_labels, training_set)
 from reid_nb.sessions import load_checkpoint, save_checkpoint
 from reid_nb.toy_city import rng_of
+from reid_nb.transfer import read_weights, transfer_weights
 
 FAST = dict(arch='osnet_x0_25', epochs=3, batch=16, size=(64,32), device='cpu')
 
@@ -36,7 +39,7 @@ def market(tmp_path_factory):
     return root
 
 @pytest.fixture(scope='module')
-def donor(): return ReidModel('resnet10').backbone.state_dict()
+def donor(): return build_backbone('resnet10').state_dict()
 
 def same(a, b):
     a,b = load_checkpoint(a)[0],load_checkpoint(b)[0]
@@ -45,31 +48,31 @@ def same(a, b):
 @pytest.mark.parametrize('prefix', ['module.encoder_q.', 'encoder_q.', 'backbone.', 'module.', 'model.', ''])
 def test_known_prefixes(donor, prefix, tmp_path):
     torch.save({'state_dict': {prefix+k: v for k,v in donor.items()}, 'epoch': 3}, tmp_path/'a.pth')
-    model = ReidModel('resnet10', 5)
+    model = build_backbone('resnet10')
     table = transfer_weights(model, tmp_path/'a.pth', show=False)
     assert table.prefix==prefix and table.share==1 and not table.missing
-    assert all(torch.equal(v, donor[k]) for k,v in model.backbone.state_dict().items())
+    assert all(torch.equal(v, donor[k]) for k,v in model.state_dict().items())
 
 def test_encoder_q_and_not_encoder_k(donor, tmp_path):
     both = {f'module.encoder_{e}.{k}': v.float()*(e=='q') for e in 'kq' for k,v in donor.items()}
     torch.save({'state_dict': both}, tmp_path/'moco.pth')
-    model = ReidModel('resnet10')
+    model = build_backbone('resnet10')
     transfer_weights(model, tmp_path/'moco.pth', show=False)
-    assert torch.equal(model.backbone.conv1.weight, donor['conv1.weight'])
+    assert torch.equal(model.conv1.weight, donor['conv1.weight'])
 
 def test_torchvision_and_torchreid(tmp_path):
     import torchreid.reid.models as models
     import torchvision
     torch.save(torchvision.models.resnet50().state_dict(), tmp_path/'tv.pth')
-    table = transfer_weights(ReidModel('resnet50'), tmp_path/'tv.pth', show=False)
+    table = transfer_weights(build_backbone('resnet50'), tmp_path/'tv.pth', show=False)
     assert table.share==1 and table.unexpected==['fc.weight','fc.bias']
     osnet = models.build_model('osnet_x0_25', num_classes=7, pretrained=False)
     torch.save({'state_dict': {f'module.{k}': v for k,v in osnet.state_dict().items()}}, tmp_path/'os.pth')
-    assert transfer_weights(ReidModel('osnet_x0_25'), tmp_path/'os.pth', show=False).share==1
+    assert transfer_weights(build_backbone('osnet_x0_25'), tmp_path/'os.pth', show=False).share==1
 
 def test_old_files_without_batch_counters(donor, tmp_path):
     torch.save({k: v for k,v in donor.items() if 'num_batches' not in k}, tmp_path/'old.pth')
-    assert transfer_weights(ReidModel('resnet10'), tmp_path/'old.pth', show=False).share==1
+    assert transfer_weights(build_backbone('resnet10'), tmp_path/'old.pth', show=False).share==1
 
 class Bomb:
     def __reduce__(self): return open, ('bomb-went-off','w')
@@ -77,28 +80,28 @@ class Bomb:
 def spoil(donor, how, path):
     if how=='prefix': torch.save({f'net.{k}': v for k,v in donor.items()}, path)
     if how=='head': torch.save({'fc.weight': torch.zeros(9,512), 'fc.bias': torch.zeros(9)}, path)
-    if how=='deeper': torch.save(ReidModel('resnet18').backbone.state_dict(), path)
+    if how=='deeper': torch.save(build_backbone('resnet18').state_dict(), path)
     if how=='shallower': torch.save({k: v for k,v in donor.items() if not k.startswith('layer4')}, path)
-    if how=='wider': torch.save({k: v for k,v in ReidModel('resnet50').backbone.state_dict().items()}, path)
+    if how=='wider': torch.save({k: v for k,v in build_backbone('resnet50').state_dict().items()}, path)
     if how=='nothing': torch.save([1,2,3], path)
     if how in ('cut','bomb'): torch.save(donor, path)
     if how=='cut': path.write_bytes(path.read_bytes()[:100_000])
     if how=='bomb': path.write_bytes(pickle.dumps({'state_dict': Bomb()}))
 
-@pytest.mark.parametrize('how,why', dict(prefix='no name fits', head='no name fits', deeper='deeper network',
+@pytest.mark.parametrize('how,why', dict(prefix='no name fits', head='no name fits', deeper='another network',
     shallower='do not fit', wider='do not fit', nothing='no tensors', cut='not opened', bomb='not opened').items())
 def test_refused_with_the_reason(donor, how, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spoil(donor, how, tmp_path/'x.pth')
-    model = ReidModel('resnet10')
-    before = model.backbone.conv1.weight.clone()
+    model = build_backbone('resnet10')
+    before = model.conv1.weight.clone()
     with pytest.raises(BadInput, match=why) as e: transfer_weights(model, tmp_path/'x.pth', show=False)
     assert 'x.pth' in str(e.value) and '\n' not in str(e.value)
-    assert torch.equal(before, model.backbone.conv1.weight) and not Path('bomb-went-off').exists()
+    assert torch.equal(before, model.conv1.weight) and not Path('bomb-went-off').exists()
 
 def test_partial_when_told(donor, tmp_path, capsys):
     spoil(donor, 'shallower', tmp_path/'x.pth')
-    table = transfer_weights(ReidModel('resnet10'), tmp_path/'x.pth', partial=True)
+    table = transfer_weights(build_backbone('resnet10'), tmp_path/'x.pth', partial=True)
     assert 0<table.share<1 and all(n.startswith('layer4') for n in table.missing)
     assert 'layer4' in capsys.readouterr().out
 
@@ -119,18 +122,6 @@ def test_share_of_labels(market):
     for labels in (0, 1.5, .1):
         with pytest.raises(BadInput): take_labels(train, labels)
 
-def test_bnneck_has_no_bias_and_feature_sides():
-    torch.manual_seed(0)
-    x = torch.randn(4,3,64,32)
-    model = ReidModel('osnet_x0_25', 6).eval()
-    assert not model.neck.bias.requires_grad and model.classifier.bias is None
-    before = model.embed(x)
-    model.feature = 'after'
-    after = model.embed(x)
-    expected = before/(1+model.neck.eps)**.5
-    assert torch.allclose(after, expected, atol=1e-5)
-    assert not isinstance(ReidModel('osnet_x0_25', 6, neck=False).neck, torch.nn.BatchNorm1d)
-
 def test_images_depend_on_key_and_seed_only(market):
     train = take_labels(read_benchmark('market_folder', market).train)
     a,b = [TrainImages(train, (64,32), RECIPES['bot'], (9,9,9), seed) for seed in (0,1)]
@@ -139,10 +130,131 @@ def test_images_depend_on_key_and_seed_only(market):
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_recipes_learn(market, tmp_path, recipe):
-    ckpt = finetune(market, recipe, out=tmp_path, **{**FAST, 'epochs': 6})
+    large = recipe in ('sbs','mgn')
+    arch,dim = ('resnet10',512) if large else ('osnet_x0_25',128)
+    how = replace(RECIPES[recipe], instances=min(4, RECIPES[recipe].instances))   # 8 people are too few for 16 each
+    ckpt = finetune(market, how, out=tmp_path, **{**FAST, 'epochs': 12 if large else 6, 'arch': arch})
     history = load_checkpoint(ckpt)[1]['history']
     assert all(np.isfinite(h['loss']) for h in history)
     assert np.mean([h['loss'] for h in history[-3:]]) < np.mean([h['loss'] for h in history[:3]])
+    model,meta = load_model(ckpt)
+    assert model.dim==(2048 if recipe=='mgn' else dim) and meta['model']['pool']==how.pool
+    paths = [s.path for s in read_benchmark('market_folder', market).query]
+    assert embed(model, meta, paths).shape==(24, model.dim)
+
+def test_published_recipes():
+    "The figures of fast-reid and LUPerson that a recipe stands for."
+    bot,sbs,mgn = [RECIPES[n] for n in ('bot','sbs','mgn')]
+    assert (bot.epochs, bot.batch//bot.instances, bot.size, bot.margin)==(120, 16, (256,128), .3)
+    assert (sbs.epochs, sbs.batch//sbs.instances, sbs.size, sbs.margin)==(60, 4, (384,128), None)
+    assert np.allclose([sbs.lr_at(s, 6000) for s in (0,1000,3000,4500,6000)],
+                       [3.5e-5, 3.5e-4, 3.5e-4, (3.5e-4+7.7e-7)/2, 7.7e-7])
+    assert np.allclose([bot.lr_at(s, 1200) for s in (0,100,399,400,899,900)],
+                       [3.5e-6, 3.5e-4, 3.5e-4, 3.5e-5, 3.5e-5, 3.5e-6])
+    assert mgn.stripes==(1,2,3) and mgn.width==256 and not mgn.autoaug and mgn.circle and not mgn.nonlocals
+
+def test_nonlocals_need_a_resnet(market, tmp_path):
+    with pytest.raises(BadInput, match='ResNet'): finetune(market, 'sbs', out=tmp_path, **FAST)
+
+def test_only_the_heads_learn_at_first(market, tmp_path):
+    kw = dict(FAST, arch='resnet10', epochs=8)
+    whole = 8*3
+    finetune(market, 'mgn', out=tmp_path, steps=whole//6, **kw)
+    tensors = load_checkpoint(tmp_path/'reid.session.safetensors')[0]
+    torch.manual_seed(0)
+    first = build_backbone('resnet10').state_dict()
+    def now(t): return {k.removeprefix('model.backbone.'): v for k,v in t.items() if k.startswith('model.backbone.')}
+    assert all(torch.equal(v, first[k]) for k,v in now(tensors).items())
+    assert tensors['model.heads.0.neck.num_batches_tracked']==whole//6
+    finetune(market, 'mgn', out=tmp_path, steps=1, **kw)
+    tensors = load_checkpoint(tmp_path/'reid.session.safetensors')[0]
+    assert not torch.equal(now(tensors)['conv1.weight'], first['conv1.weight'])
+
+def test_moving_average_is_the_result(market, tmp_path):
+    kw = dict(FAST, epochs=1)
+    recipe = replace(RECIPES['bot'], ema=.5)
+    states = []
+    for steps in (1,2,3):
+        finetune(market, recipe, out=tmp_path, steps=1, **kw)
+        path = tmp_path/('reid.session.safetensors' if steps<3 else 'reid.safetensors')
+        name = 'model.' if steps<3 else ''
+        states.append(load_checkpoint(path)[0][name+'backbone.conv1.conv.weight'])
+    plain = finetune(market, out=tmp_path/'plain', **kw)
+    last = load_checkpoint(plain)[0]['backbone.conv1.conv.weight']
+    assert torch.allclose(states[2], .25*states[0] + .25*states[1] + .5*last, atol=1e-6)
+
+ALL = dict(recipe=replace(RECIPES['mgn'], ema=.9, clip=1.), arch='resnet10')
+
+@pytest.mark.parametrize('how', [dict(precision='fp16'), ALL], ids=['fp16','mgn'])
+def test_everything_goes_on(market, tmp_path, how):
+    kw = {**FAST, 'epochs': 2, **how}
+    finetune(market, out=tmp_path/'parts', steps=2, **kw)
+    assert same(finetune(market, out=tmp_path/'parts', **kw), finetune(market, out=tmp_path/'whole', **kw))
+
+def test_clipping(market, tmp_path):
+    "A gradient of next to no length changes next to nothing that Adam does not divide by it again: so look at it."
+    seen,real = [],torch.nn.utils.clip_grad_norm_
+    def clip(parameters, longest):
+        parameters = list(parameters)
+        real(parameters, longest)
+        seen.append(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item())
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch.nn.utils, 'clip_grad_norm_', clip)
+        finetune(market, replace(RECIPES['bot'], clip=.01), out=tmp_path, **{**FAST, 'epochs': 1})
+    assert seen and max(seen)<=.0101
+
+def test_validation_is_on_people_of_the_training_part(market, tmp_path, monkeypatch):
+    ckpt = finetune(market, out=tmp_path, validate=3, validate_every=2, **{**FAST, 'batch': 8, 'epochs': 4})
+    meta = load_checkpoint(ckpt)[1]
+    lines = [h for h in meta['history'] if 'val_mAP' in h]
+    assert meta['classes']==5 and len(lines)==2 and lines[-1]['step']==meta['step']
+    assert all(0<=h['val_mAP']<=1 for h in lines)
+
+def test_change_of_a_recipe():
+    bot = RECIPES['bot']
+    new = change_recipe(bot, 'lr=1e-3 drops=() cosine=(.1,1e-6) margin=None neck=False epochs=3')
+    assert (new.lr, new.drops, new.cosine, new.margin, new.neck, new.epochs)==(1e-3, (), (.1,1e-6), None, False, 3)
+    assert change_recipe(bot, None)==bot
+    for text in ('cake=1','lr','lr=','lr=fast','neck=1','epochs=1.5','drops=3','lr=__import__("os").getcwd()'):
+        with pytest.raises(BadInput): change_recipe(bot, text)
+
+def test_extra_bn_is_for_weights_without_labels(market, tmp_path):
+    w = {f'backbone.{k}': v for k,v in build_backbone('resnet10').state_dict().items()}
+    about = dict(arch='resnet10', size=[64,32], mean=[.1,.2,.3], std=[.4,.5,.6], digest='x')
+    for kind,names in dict(moco=3, reid=0).items():
+        init = save_checkpoint(tmp_path/f'{kind}.safetensors', w, dict(about, kind=kind))
+        ckpt = finetune(market, 'mgn', init=init, out=tmp_path/kind, epochs=1, batch=16, device='cpu')
+        tensors = load_checkpoint(ckpt)[0]
+        assert len({k.split('.')[1] for k in tensors if k.startswith('norms.')})==names
+
+def test_protocols_to_train_on(tmp_path):
+    "CUHK03 in its three forms from a .mat like the published one, and a wrong split."
+    from test_benchmarks import PEOPLE, write_cuhk03
+    root = write_cuhk03(tmp_path/'cuhk03_release')
+    bench = training_set(root, 'cuhk03_classic_labeled', 7)
+    assert len({s.pid for s in bench.train})==sum(PEOPLE)-3
+    ckpt = finetune(root, protocol='cuhk03_classic_detected', split=2, out=tmp_path/'out', **{**FAST, 'epochs': 1})
+    assert load_checkpoint(ckpt)[1]['classes']==sum(PEOPLE)-3
+    with pytest.raises(BadInput, match='0 to 19'): training_set(root, 'cuhk03_classic_labeled', 20)
+    with pytest.raises(BadInput, match='unknown protocol'): training_set(root, 'cuhk04')
+
+def test_torchreids_reader_gives_the_same_lists(market, tmp_path):
+    from torchreid.reid.data.datasets.image.market1501 import Market1501
+    shutil.copytree(market, tmp_path/'market1501')
+    theirs,ours = Market1501(str(tmp_path), verbose=False),MarketFolder(str(market), verbose=False)
+    for part in ('train','query','gallery'):
+        a,b = [sorted((Path(r[0]).name, r[1], r[2]) for r in getattr(d, part)) for d in (theirs, ours)]
+        assert [(n,p,c+1) for n,p,c in a]==b
+
+def test_torchreids_evaluation_agrees(market, whole):
+    from torchreid.reid.metrics import compute_distance_matrix, evaluate_rank
+    bench,(model,meta) = read_benchmark('market_folder', market),load_model(whole)
+    qf,gf = [embed(model, meta, [s.path for s in part]) for part in (bench.query, bench.gallery)]
+    dist = compute_distance_matrix(torch.tensor(qf), torch.tensor(gf), 'cosine').numpy()
+    rows = [np.array([s[k] for s in part]) for k in (1,2) for part in (bench.query, bench.gallery)]
+    cmc,mAP = evaluate_rank(dist, *rows, use_cython=False)
+    ours = rank(bench, qf, gf).figures()
+    assert abs(mAP-ours['mAP'])<1e-6 and abs(cmc[0]-ours['rank1'])<1e-6
 
 @pytest.fixture(scope='module')
 def whole(market, tmp_path_factory): return finetune(market, out=tmp_path_factory.mktemp('whole'), **FAST)
@@ -196,7 +308,7 @@ def test_load_model_refuses_sessions(market, tmp_path):
 
 def test_statistics_travel(market, tmp_path):
     torch.manual_seed(0)
-    w = {f'backbone.{k}': v for k,v in ReidModel('osnet_x0_25').backbone.state_dict().items()}
+    w = {f'backbone.{k}': v for k,v in build_backbone('osnet_x0_25').state_dict().items()}
     init = save_checkpoint(tmp_path/'moco.safetensors', w, dict(kind='moco', arch='osnet_x0_25', size=[64,32],
                            mean=[.1,.2,.3], std=[.4,.5,.6], digest='x'))
     meta = load_checkpoint(finetune(market, init=init, out=tmp_path/'out', epochs=1, batch=16, device='cpu'))[1]

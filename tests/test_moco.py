@@ -13,7 +13,8 @@ import torch
 
 from reid_nb.crop_store import pack
 from reid_nb.dataset import BadInput
-from reid_nb.moco import MoCo, build_backbone, lr_at, pretrain, queue_batches
+from reid_nb.backbones import build_backbone
+from reid_nb.moco import MoCo, lr_at, pretrain, queue_batches
 from reid_nb.sessions import load_checkpoint
 from reid_nb.toy_city import rng_of
 

@@ -23,7 +23,8 @@ import time
 import torch
 from torch import nn
 
-from reid_nb.moco import MoCo, build_backbone, pretrain, train_step
+from reid_nb.backbones import build_backbone
+from reid_nb.moco import MoCo, pretrain, train_step
 from reid_nb.views import autocast, parse_size, pick_device
 
 def our_step(args, device):

@@ -19,10 +19,13 @@ import matplotlib
 import numpy as np
 import torch
 
+from reid_nb.backbones import build_backbone
 from reid_nb.benchmarks import color_histogram, hold_out, rank, read_benchmark
 from reid_nb.crop_store import CropStore, pack
 from reid_nb.dataset import extract
-from reid_nb.moco import build_backbone, pretrain, validator
+from reid_nb.evaluate import summarize
+from reid_nb.finetune import embed, load_model
+from reid_nb.moco import pretrain, validator
 from reid_nb.sessions import load_checkpoint
 
 def make_store(data, out, rest, tracks):
@@ -56,8 +59,9 @@ def main():
     rest, held = hold_out(bench)
     make_store(args.data, args.out, rest, args.tracks)
     store, size = CropStore(args.out/'crops.lmdb'), tuple(map(int, args.size.split('x')))
-    validate = validator(args.data/'cuhk03_p1', size, store.mean.tolist(), store.std.tolist())
-    floor = rank(held, color_histogram(held.query), color_histogram(held.gallery)).figures()
+    validate = validator(held, size, store.mean.tolist(), store.std.tolist())
+    colors = color_histogram(held.query), color_histogram(held.gallery)
+    floor = rank(held, *colors).figures()
     torch.manual_seed(args.seed)
     untrained = validate(build_backbone(args.arch).eval())
     ckpt = pretrain(store.path, args.out/f'{args.arch}_{args.negatives}_{args.seed}', args.arch, args.epochs,
@@ -70,6 +74,12 @@ def main():
     print(f'colour histogram      mAP {floor["mAP"]:.3f}, rank-1 {floor["rank1"]:.3f}')
     print(f'untrained             mAP {untrained["val_mAP"]:.3f}, rank-1 {untrained["val_rank1"]:.3f}')
     for h in curve: print(f'MoCo at step {h["step"]:>8,} mAP {h["val_mAP"]:.3f}, rank-1 {h["val_rank1"]:.3f}')
+    net, meta = load_model(ckpt)
+    learned = [embed(net, meta, [s.path for s in part]) for part in (held.query, held.gallery)]
+    said = summarize(held, *learned, seed=args.seed, against=colors)
+    for what, f in {'at the end': said['figures'], 'more than colours': said['comparison']['figures']}.items():
+        value, low, high = [f['mAP'][k] for k in ('value', 'low', 'high')]
+        print(f'{what:21} mAP {value:.3f}, 95 % over people {low:.3f} to {high:.3f}')
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 3), layout='constrained')
