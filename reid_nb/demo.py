@@ -375,7 +375,7 @@ def erase(self:Desk,
     if self.query and self.query.exists(): clear_query(self.query)
     for film in Path(self.films.name).glob('*.mp4'): film.unlink()
     r = Gallery(self.gallery).erase(name)
-    lines = [f'{r["crops"]} crops and {r["templates"]} templates deleted at {r["time"]}',
+    lines = [f'deleted: {r["crops"]} crops, templates: {r["templates"]}; {r["time"][:16].replace("T", " ")} UTC',
              f'the log says only that number {r["number"]} was erased',
              'uploaded clips and films of answers leave this machine within the hour']
     if r['left']: lines.append(f'not ours, so left in the folder: {", ".join(r["left"])}')

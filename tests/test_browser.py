@@ -184,6 +184,7 @@ def test_a_visit_by_phone(browser, site):
     v.tab('Identification')
     v.example('fabio_c3')
     assert 'unknown' in v.submit('bad')
+    plays(v)
     fits(v)
     v.shot('identification')
     v.tab('Gallery')
