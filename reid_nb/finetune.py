@@ -8,9 +8,10 @@ __all__ = ['SBS', 'RECIPES', 'STATS', 'MODEL', 'Recipe', 'change_recipe', 'seede
            'load_model', 'embed', 'score', 'controls', 'print_controls', 'reid_finetune']
 
 # %% ../nbs/05_finetune.ipynb #ecc2d8f9
-import ast, hashlib, os, random, sys, warnings
+import ast, hashlib, math, os, random, sys, time, warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import AutoAugment
 
 from .backbones import build_backbone
-from .benchmarks import Benchmark, cuhk03_split, hold_out, rank, read_benchmark
+from .benchmarks import Benchmark, Scores, cuhk03_split, hold_out, rank, read_benchmark
 from .dataset import BadInput, command
 from .heads import ReidModel, reid_loss
 from .moco import embed_with, read_image, validator
@@ -373,14 +374,14 @@ def finetune(
 def load_model(
     ckpt, # A checkpoint of `finetune`, or of `pretrain` (then the embedding is the pooled feature)
 )->tuple: # The model in eval mode, and the checkpoint's settings; raises `BadInput`
-    "A model that is ready to embed."
+    "A model that is ready to embed, on the GPU where there is one."
     tensors,meta = load_checkpoint(ckpt)
     if meta.get('kind') not in ('moco','reid'):
         raise BadInput(f'{ckpt} is a session, not a model: take the file without .session')
     backbone = build_backbone(meta['arch'])
     model = ReidModel(backbone, meta.get('classes', 0), **meta.get('model', dict(neck=False)))
     model.load_state_dict(tensors)
-    return model.to(memory_format=torch.channels_last).eval(),meta
+    return model.to(pick_device(), memory_format=torch.channels_last).eval(),meta
 
 def embed(
     model:ReidModel, # From `load_model`
@@ -399,11 +400,11 @@ def embed(
 def score(
     ckpt, # A checkpoint
     bench:Benchmark, # Its query and gallery
-)->dict: # Figures by name, fractions of 1; see `Scores.figures`
+)->Scores: # By the benchmark's protocol
     "How well a checkpoint tells the people of a test apart."
     model,meta = load_model(ckpt)
     return rank(bench, *[embed(model, meta, [s.path for s in part])
-                         for part in (bench.query, bench.gallery)]).figures()
+                         for part in (bench.query, bench.gallery)])
 
 def controls(
     data, # See `training_set`
@@ -413,24 +414,29 @@ def controls(
     out='controls', # Folder; what stands there is not done again
     test:Benchmark=None, # Where to score; None: the query and gallery of `data`
     protocol:str='market_folder', # See `training_set`
+    minutes:float=math.inf, # Stop after so long, with the cells that are whole; the same call goes on
     **kw, # Of `finetune`, the same for all
-)->dict: # (name, share): [figures of each seed]
+)->dict: # (name, share): [`Scores` of each seed]
     "Trainings that differ in their first weights, labels and seeds, and in nothing else."
-    test,cells = test or training_set(data, protocol),{}
-    for share in labels:
-        for name,init in inits.items():
-            ckpts = [finetune(data, init=init, labels=share, seed=seed, protocol=protocol,
-                              out=Path(out)/f'{name}_{share:g}_{seed}', **kw) for seed in range(seeds)]
-            cells[name,share] = [score(c, test) for c in ckpts]
+    test,cells,end = test or training_set(data, protocol),{},time.monotonic() + 60*minutes
+    for share,(name,init) in product(labels, inits.items()):
+        found = []
+        for seed in range(seeds):
+            ckpt = finetune(data, init=init, labels=share, seed=seed, protocol=protocol,
+                            minutes=max(0, end-time.monotonic())/60,
+                            out=Path(out)/f'{name}_{share:g}_{seed}', **kw)
+            if not load_checkpoint(ckpt)[1]['finished']: return cells
+            found.append(score(ckpt, test))
+        cells[name,share] = found
     return cells
 
 def print_controls(
     cells:dict, # From `controls`
 ):
-    "A table: mean and standard deviation over the seeds, in per cent."
+    "A table: mean and standard deviation over the seeds, two or more, in per cent."
     print(f'{"labels":<8}{"from":<12}{"rank-1":>14}{"mAP":>14}')
     for (name,share),runs in cells.items():
-        each = [100*np.array([r[k] for r in runs]) for k in ('rank1','mAP')]
+        each = [100*np.array([s.figures()[k] for s in runs]) for k in ('rank1','mAP')]
         print(f'{share:<8.0%}{name:<12}' + ''.join(f'{x.mean():8.1f} ±{x.std(ddof=1):4.1f}' for x in each))
 
 # %% ../nbs/05_finetune.ipynb #92852a00
