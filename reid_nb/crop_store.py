@@ -433,7 +433,8 @@ def fill(env, store, source, shelf, progress):
             number = b'%08d' % state.shelf
             pictures, tables, note = make_shelf(items, state)
             if pictures:
-                pictures = pictures.ljust(page, b'\0')   # so long a value has pages of its own
+                # so long a value has pages of its own, and no copy that a kill left ends like it
+                pictures = pictures.ljust(page, b'\0') + os.urandom(16)
                 write(env, images=[(number, pictures)])
             note['at'] = locate(store, pictures, page) if pictures else 0
             tables['notes'] = json.dumps(note).encode()

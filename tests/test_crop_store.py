@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from reid_nb import crop_store as cs
 from reid_nb.crop_store import (CropDataset, CropStore, Item, PerGroup, Source, balance, chain, contact_sheet, decode,
                                 decode_batch, export, group, list_crops, lmdb_source, pack, parse_key, shard_source,
                                 stats, verify, video_source)
@@ -82,6 +83,17 @@ def test_a_hundred_kills_and_still_the_same(crops, store, tmp_path):
     assert whole.finished and whole.digest == store.digest and (whole.keys == store.keys).all()
     np.testing.assert_array_equal(whole.rows, store.rows)
     assert verify(whole) == 2400
+
+@pytest.mark.parametrize('deaths', range(1, 6))
+def test_killed_again_and_again_between_a_shelf_and_its_note(crops, store, tmp_path, monkeypatch, deaths):
+    "Copies that were left behind, in pages that are free again, are not taken for the shelf."
+    path, locate = tmp_path/'killed.lmdb', cs.locate
+    def die(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(cs, 'locate', die)
+    for _ in range(deaths):
+        with pytest.raises(KeyboardInterrupt): pack(crops, path, 20)
+    monkeypatch.setattr(cs, 'locate', locate)
+    assert verify(pack(crops, path, 20)) == len(store)
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shelf=st.integers(1, 70), n=st.integers(1, 60), broken=st.sets(st.integers(0, 59)))

@@ -292,7 +292,7 @@ def test_download_killed_ten_times_is_that_of_an_uninterrupted_run(site, tmp_pat
     site.log.clear()
     name, *args = fetching(vnames, dest, site, '--workers', '2')
     cmd = [Path(sys.executable).parent/name, *args]
-    site.pause = 2.4/max(len(v)/4096 for v in site.files.values())
+    site.pause = 5/max(len(v)/4096 for v in site.files.values())     # 25 s for all, so ten blows come before the end
     for _ in range(10):
         job = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(1 + 2*rng.random())
