@@ -87,6 +87,7 @@ def main():
     report, tables = {}, {}
     for name in args.recipes:
         recipe = change_recipe(RECIPES[name], args.change)
+        if not left(): break
         cells = controls(args.data/'cuhk03_p1', dict(nothing=None, moco=init), args.labels, args.seeds, args.out/name,
                          protocol='cuhk03_p1', minutes=left(), recipe=recipe, arch=args.arch, size=size,
                          epochs=args.epochs)
@@ -94,11 +95,10 @@ def main():
         report[name] = [dict(init=i, labels=s, runs=[r.figures() for r in runs]) for (i, s), runs in cells.items()]
     (args.out/'study.json').write_text(json.dumps(report, indent=1))
     for name, cells in tables.items():
-        print(f'\n{name} {args.change}, cuhk03_p1, {args.seeds} seeds')
+        print(f'\n{" ".join([name, *args.change.split()])}, cuhk03_p1, {args.seeds} seeds')
         print_controls(cells)
         print_gains(cells)
-    if any(len(cells) < 2*len(args.labels) for cells in tables.values()):
-        return print(AGAIN)
+    if sum(map(len, tables.values())) < 2*len(args.labels)*len(args.recipes): return print(AGAIN)
     axs = None
     for folder in sorted(args.out.glob('*/*_1_0')):
         history = load_checkpoint(folder/'reid.safetensors')[1]['history']
