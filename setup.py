@@ -21,8 +21,9 @@ setup(
     keywords=cfg['keywords'],
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[lib, f'{lib}.*']),
+    package_data={lib: ['weights/*']},
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'ray', 'faiss', 'qdrant')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'ray', 'faiss', 'qdrant', 'onnx')},
     entry_points={'nbdev': [f'{lib}={lib}._modidx:d'],
                   'console_scripts': cfg['console_scripts'].split()},
 )

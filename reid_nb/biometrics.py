@@ -50,7 +50,7 @@ def enroll(
     name:str, # Of the person
     video:str, # A clip
     gallery:str='gallery', # Folder; made if it is not there
-    checkpoint:str=None, # A .safetensors file with its thresholds beside it (or a `Matcher`)
+    checkpoint:str=None, # See `load_matcher`; default the small model of lesson 05b
     start:int=0, # First frame
     stop:int=None, # Frame to stop before; default the end
     weights:str='motion', # motion (fixed cameras), or Ultralytics weights
@@ -177,7 +177,7 @@ def explain(
 def identify(
     video:str, # A clip
     gallery:str='gallery', # Folder
-    checkpoint:str=None, # The gallery's, with its thresholds beside it (or a `Matcher`)
+    checkpoint:str=None, # The gallery's; default the small model of lesson 05b
     start:int=0, # First frame
     stop:int=None, # Frame to stop before; default the end
     weights:str='motion', # motion (fixed cameras), or Ultralytics weights
@@ -206,7 +206,7 @@ def verify(
     name:str, # The claimed identity
     video:str, # A clip
     gallery:str='gallery', # Folder
-    checkpoint:str=None, # The gallery's, with its thresholds beside it (or a `Matcher`)
+    checkpoint:str=None, # The gallery's; default the small model of lesson 05b
     **kwargs
 )->Outcome: # A decision for each person; raises `BadInput`
     "Is this person in the clip? Each person in it is compared with the claimed one only."

@@ -521,7 +521,7 @@ def gallery_tab(gr, desk):
 # %% ../nbs/08_demo.ipynb #7b4ad499
 def build_demo(
     gallery='gallery', # Folder of the gallery; made with the first enrolment
-    checkpoint=None, # With thresholds beside it, or a `Matcher`
+    checkpoint=None, # See `load_matcher`; None: the small model of lesson 05b
     weights:str='motion', # Detector: 'motion' for fixed cameras, or Ultralytics weights
     examples=None, # Folder of clips to offer, such as the toy city's
 ): # `gr.Blocks`, not started; raises `BadInput` for a checkpoint or gallery of no use
@@ -585,7 +585,7 @@ def reid_demo(
     port:int=7860, # Of the page
     host:str='127.0.0.1', # Address to listen at; others than this machine's want a login
     gallery:str='gallery', # Folder; made with the first enrolment
-    checkpoint:str=None, # A .safetensors file with its thresholds beside it
+    checkpoint:str=None, # Thresholds beside it; default the small model of lesson 05b
     weights:str='motion', # motion (fixed cameras), or Ultralytics weights
     toy:bool=False, # Draw the toy city beside the gallery (half a minute), and offer its clips
     login:str=None, # Text file, one user:password a line: ask for them

@@ -512,7 +512,7 @@ def check_options(benchmark, options, ready, embed_only, against):
 
 # %% ../nbs/06_evaluate.ipynb #26350d07
 def evaluate(
-    ckpt=None, # A checkpoint (`.safetensors`); None where `features` are given
+    ckpt=None, # A checkpoint (`.safetensors`); None: `features`, or the small model of lesson 05b
     data='.', # The set's folder, or one that holds it
     protocol:str='market_folder', # A key of `PROTOCOLS`
     out=None, # JSON file for the result; None: it is only returned
@@ -529,8 +529,10 @@ def evaluate(
     "Score a checkpoint, or features made elsewhere, under a protocol."
     options = dict(flip=flip, rerank=rerank, expand=expand, multi_query=multi_query)
     options = {k: v for k, v in options.items() if v} | ({} if rounds == 1 else {'rounds': rounds})
-    if bool(ckpt) == bool(features):
-        raise BadInput('name either a checkpoint (reid_quickstart makes one), or --features')
+    if ckpt and features: raise BadInput('name either a checkpoint or --features')
+    if not (ckpt or features):
+        from reid_nb.small_model import SMALL
+        ckpt = SMALL
     benchmark, source = read_benchmark(protocol, data), ckpt or features
     if not (benchmark.query and benchmark.gallery):
         raise BadInput(f'{data}: no pictures in query or in bounding_box_test: nothing to evaluate')
@@ -679,7 +681,7 @@ def embedding_map(
 # %% ../nbs/06_evaluate.ipynb #f73baf02
 @partial(command, word='ckpt')
 def reid_evaluate(
-    ckpt:str=None, # A .safetensors file
+    ckpt:str=None, # A .safetensors file; default the small model of lesson 05b
     data:str='.', # The set's folder, or one that holds it
     protocol:str='market_folder', # Name of the protocol, such as market1501
     out:str=None, # JSON file for the result; a .png with the curves is put beside it

@@ -214,12 +214,13 @@ class Matcher:
     thresholds:dict # {'0.01': {'threshold', 'low', 'high', ...}, ...} by false match rate
 
 def load_matcher(
-    ckpt, # A checkpoint with its thresholds beside it, or a `Matcher`, which is returned
+    ckpt=None, # A checkpoint with its thresholds beside it; None: `SMALL`; a `Matcher` is returned
 )->Matcher: # Raises `BadInput` where either is missing, or where they do not belong together
     "Load a network and its thresholds, once."
     if isinstance(ckpt, Matcher): return ckpt
-    if not ckpt: raise BadInput('no --checkpoint FILE is named: reid_quickstart makes one')
     from reid_nb.finetune import embed, load_model
+    from reid_nb.small_model import SMALL
+    ckpt = ckpt or SMALL
     (model, meta), known = load_model(ckpt), read_thresholds(ckpt)
     if not known.get('thresholds'):
         raise BadInput(f'{ckpt}: no thresholds for it beside it: reid_evaluate makes them')

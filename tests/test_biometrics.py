@@ -390,6 +390,6 @@ def test_bad_input_ends_in_one_line(run, films, ckpt, tmp_path):
     one_line(run('reid_enroll', 'a/b', films['red'], *there), 'cannot be a name')
     one_line(run('reid_enroll', 'Ada', films['both'], *there), '--track')
     one_line(run('reid_enroll', 'Ada', films['red'], *there, '--weights', tmp_path/'no.onnx'), 'no.onnx')
-    one_line(run('reid_identify', films['red'], '--gallery', tmp_path/'g'), 'reid_quickstart')
+    one_line(run('reid_identify', films['red'], *there[:2], '--checkpoint', tmp_path/'no.x'), 'no checkpoint at')
     one_line(run('reid_identify', films['red'], *there), 'no gallery')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['broken.mp4']

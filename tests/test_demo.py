@@ -182,7 +182,7 @@ def test_the_page_says_what_looks(client):
 
 @pytest.mark.long
 def test_the_command(run, ckpt, tmp_path):
-    done = run('reid_demo', '--gallery', tmp_path/'g')
+    done = run('reid_demo', '--gallery', tmp_path/'g', '--checkpoint', tmp_path/'none.safetensors')
     assert done.returncode == 2 and done.stderr.startswith('reid_demo: ') and len(done.stderr.splitlines()) == 1
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

@@ -160,7 +160,7 @@ def test_bad_features(toy, colors, tmp_path, run, how, words):
     (['--data', 'nowhere', '--features', 'F'], 'no such folder'),
     (['--data', 'empty', '--features', 'F'], 'no bounding_box'),
     (['--data', 'T', '--protocol', 'market', '--features', 'F'], 'choose one of market1501'),
-    (['--data', 'T', '--features', 'none.npz'], 'no such file of features'), (['--data', 'T'], 'reid_quickstart'),
+    (['--data', 'T', '--features', 'none.npz'], 'no such file of features'),
     (['none.safetensors', '--data', 'T'], 'none.safetensors'), (['F', '--data', 'T'], 'colors.npz'),
     (['C', '--data', 'T', '--features', 'F'], 'name either a checkpoint')])
 def test_bad_input(toy, colors, tmp_path, run, args, words):

@@ -1,12 +1,13 @@
 """People of a real street: enrolled before one camera, looked for before another, hits and misses as they are.
 
-    python tests/benchmarks/real_city.py DATA WEIGHTS [--people 300]
+    python tests/benchmarks/real_city.py DATA WEIGHTS [--people 300] [--checkpoint FILE.safetensors]
 
 DATA holds `real_city`, `cuhk03_p1` and `peers/osnet_x0_25_msmt17.onnx`; WEIGHTS is a detector of people for
 Ultralytics. Frames 0 to 100 of v01 and of v05 show the same square at the same time from two sides. Six people are
 enrolled from v01; who is who was decided by looking at the clips, and is written below as a point in each person's
 box. The embedding is the peer OSNet, trained on other people; its thresholds are measured on `--people` people of
-cuhk03_p1's training part, camera against camera. No picture leaves the temporary folder.
+cuhk03_p1's training part, camera against camera. With --checkpoint the embedding is that one, with its own thresholds.
+No picture leaves the temporary folder.
 """
 import argparse
 import tempfile
@@ -20,7 +21,7 @@ from reid_nb.biometrics import explain, identify, look_at
 from reid_nb.dataset import sha256
 from reid_nb.evaluate import operating_points
 from reid_nb.gallery import Gallery
-from reid_nb.people import Matcher, make_template
+from reid_nb.people import Matcher, load_matcher, make_template
 
 # frame, x, y of a point in the person's box
 ENROLLED = {'brown jacket': (0, 511, 189), 'black coat': (0, 664, 279), 'leather jacket, papers': (0, 267, 260),
@@ -61,10 +62,13 @@ def main():
     p.add_argument('data', type=Path)
     p.add_argument('weights')
     p.add_argument('--people', type=int, default=300)
+    p.add_argument('--checkpoint')
     a = p.parse_args()
-    model = a.data/'peers'/'osnet_x0_25_msmt17.onnx'
-    embed = peer(model)
-    matcher = Matcher(embed, sha256(model), measure(embed, a.data, a.people))
+    if a.checkpoint: matcher = load_matcher(a.checkpoint)
+    else:
+        model = a.data/'peers'/'osnet_x0_25_msmt17.onnx'
+        embed = peer(model)
+        matcher = Matcher(embed, sha256(model), measure(embed, a.data, a.people))
     for fmr, t in matcher.thresholds.items():
         print(f'FMR {fmr}: threshold {t["threshold"]:.3f} [{t["low"]:.3f}, {t["high"]:.3f}], '
               f'true matches there {t["tmr"]:.2f}', flush=True)
