@@ -462,7 +462,7 @@ def reid_gallery(
     unmerge:str=None, # A merged name to take out again
     search:str=None, # exact, faiss, or the URL of a Qdrant server
     reembed:bool=False, # Make all templates again with --checkpoint, where the network has changed
-    checkpoint:str=None, # For --reembed: with its thresholds beside it
+    checkpoint:str=None, # For --reembed: thresholds beside it; default the small model of lesson 05b
     log:bool=False, # Show what has happened, people by number
     json:bool=False, # Answer in JSON
 ):

@@ -48,7 +48,7 @@ class Visitor:
         self.errors = []
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
         self.page.goto(url)
-        self.page.get_by_role('heading', name='Who is it?').wait_for()
+        self.page.get_by_role('tab', name='Enrollment').wait_for()     # comes after the heading, on a slow machine
 
     @property
     def panel(self): return self.page.locator('[role=tabpanel]:visible')

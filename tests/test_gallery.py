@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from test_biometrics import BLUE, GREEN, MATCHER, POINTS, RED, colours, consistent, crops, template
 
 from reid_nb import gallery as gal
-from reid_nb.dataset import BadInput
+from reid_nb.dataset import BadInput, sha256
 from reid_nb.people import Matcher
 from reid_nb.search import Exact, Faiss, Qdrant, distinct
+from reid_nb.small_model import SMALL
 
 @pytest.fixture
 def here(tmp_path):
@@ -244,6 +245,8 @@ def test_gallery_command(run, here):
     said('--unmerge', 'Bob')
     assert 'Rob' in said('--rename', 'Bob', '--to', 'Rob') and consistent(here.root) == ['Ada', 'Rob']
     assert 'merged 2' in said('--log') and 'Bob' not in said('--log')
-    for args in ('--rename', 'Ada'), ('--rename', 'Eve', '--to', 'Ada'), ('--reembed',), ('--search', 'magic'):
+    for args in ('--rename', 'Ada'), ('--rename', 'Eve', '--to', 'Ada'), ('--search', 'magic'), ('--reembed', '--checkpoint', 'none'):
         done = run('reid_gallery', *there, *args)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
+    said('--reembed')       # with the model of this package
+    assert here.about()['model'] == sha256(SMALL)

@@ -50,15 +50,16 @@ def test_odds(name, odds):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 200), st.integers(1, 200), st.sampled_from(sorted(AUGMENTS)))
 def test_three_ways_agree(seed, h, w, how):
-    "The same dice on a smooth picture: OpenCV, a batch of tensors and torchvision; hue apart, see the lesson."
+    """The same dice on a smooth picture: OpenCV, a batch of tensors and torchvision; hue apart, see the lesson. No colour
+    of it clips on the way, as torchvision clips after each of its four steps; and each of them rounds down."""
     y, x = np.mgrid[:h,:w]
-    img = np.stack([(40+150*y/h), (200-120*x/w), 90+60*np.sin(y/9)], 2).astype(np.uint8)
+    img = np.stack([80+60*y/h, 140-60*x/w, 110+30*np.sin(y/9)], 2).astype(np.uint8)
     view = Augment((64,32), **AUGMENTS[how]).draw((h,w), rng_of(seed))
     if view.jitter: view = view._replace(jitter=(*view.jitter[:3], 0))
     fast, exact = [f(img, view, (64,32)).astype(int) for f in (render, render_exact)]
     batch = render_batch(to_canvas([torch.zeros(3,7,9).byte(), torch.from_numpy(img).permute(2,0,1)]),
                          [View((0,0,7,9)), view], (64,32))[1].numpy()
-    assert np.abs(fast - batch).mean()<1.5 and np.abs(fast - exact).mean()<6
+    assert np.abs(fast - batch).mean()<1.5 and np.abs(fast - exact).mean()<4
 
 def test_unknown_precision():
     with pytest.raises(BadInput, match='choose one of fp32, bf16, fp16'): autocast(torch.device('cpu'), 'int8')
