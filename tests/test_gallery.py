@@ -245,7 +245,8 @@ def test_gallery_command(run, here):
     said('--unmerge', 'Bob')
     assert 'Rob' in said('--rename', 'Bob', '--to', 'Rob') and consistent(here.root) == ['Ada', 'Rob']
     assert 'merged 2' in said('--log') and 'Bob' not in said('--log')
-    for args in ('--rename', 'Ada'), ('--rename', 'Eve', '--to', 'Ada'), ('--search', 'magic'), ('--reembed', '--checkpoint', 'none'):
+    for args in (('--rename', 'Ada'), ('--rename', 'Eve', '--to', 'Ada'), ('--search', 'magic'),
+                 ('--reembed', '--checkpoint', 'none')):
         done = run('reid_gallery', *there, *args)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
     said('--reembed')       # with the model of this package

@@ -50,8 +50,8 @@ def test_odds(name, odds):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 200), st.integers(1, 200), st.sampled_from(sorted(AUGMENTS)))
 def test_three_ways_agree(seed, h, w, how):
-    """The same dice on a smooth picture: OpenCV, a batch of tensors and torchvision; hue apart, see the lesson. No colour
-    of it clips on the way, as torchvision clips after each of its four steps; and each of them rounds down."""
+    "The same dice on a smooth picture: OpenCV, a batch of tensors and torchvision; hue apart, see the lesson."
+    # Colours that never clip: torchvision clips after each of its steps, and rounds down in each.
     y, x = np.mgrid[:h,:w]
     img = np.stack([80+60*y/h, 140-60*x/w, 110+30*np.sin(y/9)], 2).astype(np.uint8)
     view = Augment((64,32), **AUGMENTS[how]).draw((h,w), rng_of(seed))
