@@ -41,6 +41,8 @@ def command(
         parser = anno_parser(f, prog=name)
         if word: parser.add_argument(word, nargs='?', default=argparse.SUPPRESS,
                                      help=f'the same as --{word}')
+        # fastcore 2 writes the types in parentheses, which argparse breaks a long usage line at
+        for a in parser._actions: a.metavar = a.metavar and a.metavar.strip('()')
         given = vars(parser.parse_args([spell(parser, w) for w in sys.argv[1:]]))
         try:
             result = f(**{k: v for k, v in given.items() if k not in ('pdb', 'xtra')})

@@ -606,3 +606,4 @@ def test_help_is_the_docments(run):
     for name in ('reid_download', 'reid_detect', 'reid_extract'):
         done = run(name, '--help')
         assert done.returncode == 0 and 'Folder' in done.stdout and 'usage: ' + name in done.stdout
+        assert not set('()') & set(done.stdout.partition('\n\n')[0]), done.stdout
