@@ -504,18 +504,21 @@ def gallery_tab(gr, desk):
                                  label='Who is enrolled', interactive=False)
             log = gr.Dataframe(headers=['time', 'event', 'number', 'details'], label='Log',
                                interactive=False)
-    def fresh():
+    def look():
         names, merged = desk.names(), desk.merged()
-        return (gr.Radio(names, value=None), gr.Dropdown(names, value=None),
-                gr.Dropdown(merged, value=None), False, '', desk.people(), desk.history())
-    lists = [chosen, into, out_of, sure, to, table, log]
-    tab.select(lambda: ('', *fresh()), None, [out, *lists], **PRIVATE)
+        return gr.Radio(names), gr.Dropdown(names), gr.Dropdown(merged), desk.people(), desk.history()
+    lists = dict(fn=look, outputs=[chosen, into, out_of, table, log], **PRIVATE)
+    empty = dict(fn=None, outputs=[chosen, into, out_of, to, sure], **PRIVATE,
+                 js="() => [null, null, null, '', false]")
+    tab.select(**empty)
+    tab.select(None, None, out, js="() => ''", **PRIVATE)
+    tab.select(**lists)
     chosen.input(lambda name: desk.samples(name, 1000), chosen, out, **PRIVATE)
     for button, f, inputs, name in ((rename, desk.rename, [chosen, to], 'rename'),
                                     (merge, desk.merge, [chosen, into], 'merge'),
                                     (unmerge, desk.unmerge, [out_of], 'unmerge'),
                                     (delete, desk.erase, [chosen, sure], 'erase')):
-        tie(gr, desk, [button], f, inputs, [out], name).then(fresh, None, lists, **PRIVATE)
+        tie(gr, desk, [button], f, inputs, [out], name).then(**empty).then(**lists)
     return chosen, into, out_of
 
 # %% ../nbs/08_demo.ipynb #7b4ad499
@@ -539,7 +542,8 @@ def build_demo(
         chosen, into, out_of = gallery_tab(gr, desk)
         def people():
             names, merged = desk.names(), desk.merged()
-            return [gr.Radio(names, value=None)]*2 + [gr.Dropdown(n, value=None) for n in (names, merged)]
+            return gr.Radio(names), gr.Radio(names), gr.Dropdown(names), gr.Dropdown(merged)
+        tab.select(None, None, claimed, js='() => null', **PRIVATE)
         tab.select(people, None, [claimed, chosen, into, out_of], api_name='people')
     return app.queue()
 

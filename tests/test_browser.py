@@ -1,6 +1,7 @@
 "The demo as people use it: a real browser, headless. Screenshots go to the folder that REID_SCREENSHOTS names."
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from conftest import ROOT
 from playwright.sync_api import sync_playwright
 
 from reid_nb import demo, people
+from reid_nb.biometrics import enroll
 from reid_nb.evaluate import evaluate
 from reid_nb.finetune import finetune
 
@@ -168,6 +170,30 @@ def look_after(v):
 def choose(v, label, name):
     v.panel.get_by_label(label).click()
     v.page.get_by_role('option', name=name, exact=True).click()
+
+@pytest.mark.long
+def test_a_late_list_undoes_no_choice(browser, site, network, toy, monkeypatch):
+    "Who is faster than a slow server's list keeps choice and words; who comes back finds nothing chosen."
+    url, gallery = site
+    enroll('Ada', toy/'clips'/'ada_c1.mp4', gallery, network)
+    v, come, people_now = Visitor(browser, url), threading.Event(), demo.Desk.people
+    v.tab('Gallery')
+    ada, new_name = v.panel.get_by_label('Ada'), v.panel.get_by_label('New name')
+    ada.wait_for()
+    v.tab('Enrollment')
+    enroll('Bruno', toy/'clips'/'bruno_c1.mp4', gallery, network)
+    monkeypatch.setattr(demo.Desk, 'people', lambda self: come.wait(60) and people_now(self))
+    v.tab('Gallery')
+    ada.check()
+    v.panel.get_by_text('Another name', exact=True).click()
+    new_name.fill('Ada B')
+    assert v.panel.get_by_label('Bruno').count() == 0
+    come.set()
+    v.panel.get_by_label('Bruno').wait_for()
+    assert ada.is_checked() and new_name.input_value() == 'Ada B'
+    v.tab('Enrollment')
+    v.tab('Gallery')
+    assert not ada.is_checked() and new_name.input_value() == ''
 
 @pytest.mark.long
 def test_a_visit_by_phone(browser, site):
