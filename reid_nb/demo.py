@@ -507,7 +507,7 @@ def gallery_tab(gr, desk):
     def look():
         names, merged = desk.names(), desk.merged()
         return gr.Radio(names), gr.Dropdown(names), gr.Dropdown(merged), desk.people(), desk.history()
-    lists = dict(fn=look, outputs=[chosen, into, out_of, table, log], **PRIVATE)
+    lists = dict(fn=look, outputs=[chosen, into, out_of, table, log], show_progress='hidden', **PRIVATE)
     empty = dict(fn=None, outputs=[chosen, into, out_of, to, sure], **PRIVATE,
                  js="() => [null, null, null, '', false]")
     tab.select(**empty)
@@ -544,7 +544,7 @@ def build_demo(
             names, merged = desk.names(), desk.merged()
             return gr.Radio(names), gr.Radio(names), gr.Dropdown(names), gr.Dropdown(merged)
         tab.select(None, None, claimed, js='() => null', **PRIVATE)
-        tab.select(people, None, [claimed, chosen, into, out_of], api_name='people')
+        tab.select(people, None, [claimed, chosen, into, out_of], show_progress='hidden', api_name='people')
     return app.queue()
 
 # %% ../nbs/08_demo.ipynb #95ee8082

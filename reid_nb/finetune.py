@@ -30,8 +30,8 @@ from .moco import embed_with, read_image, validator
 from .sessions import Session, load_checkpoint, outcome
 from .toy_city import rng_of
 from .transfer import read_weights, transfer_weights
-from .views import (autocast, choose, crop_batches, parse_size, pick_device, random_box,
-                           to_input)
+from .views import (autocast, choose, crop_batches, parse_size, pick_device, pick_precision,
+                           random_box, to_input)
 
 with warnings.catch_warnings():  # it tells that its compiled ranking is missing: ours needs none
     warnings.simplefilter('ignore')
@@ -241,15 +241,15 @@ class Trainer(Engine):
         mean, # Three numbers, 0 to 1
         std, # Three numbers, 0 to 1
         device, # Where the model is
-        precision:str=None, # See `autocast`
+        precision:str=None, # See `pick_precision`
     ):
         super().__init__(data, use_gpu=device.type=='cuda')
         learn = [p for p in model.parameters() if p.requires_grad]
-        opt = torch.optim.Adam(learn, recipe.lr, weight_decay=recipe.decay)
+        opt = torch.optim.Adam(learn, recipe.lr, weight_decay=recipe.decay, fused=device.type=='cuda')
         self.register_model('model', model, opt)
         self.model,self.opt,self.recipe,self.device = model,opt,recipe,device
-        self.mean,self.std,self.precision = mean,std,precision
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision=='fp16')
+        self.mean,self.std,self.precision = mean,std,pick_precision(device, precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision=='fp16')
         average = get_ema_multi_avg_fn(recipe.ema)
         self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if recipe.ema else None
 
@@ -266,7 +266,8 @@ class Trainer(Engine):
         for part in (self.model.backbone, self.model.twins): part.train(not frozen).requires_grad_(not frozen)
 
     def parse_data_for_train(self, data):
-        return to_input(data['img'], self.mean, self.std, self.device), data['pid'].to(self.device)
+        y = data['pid'].to(self.device, non_blocking=True)
+        return to_input(data['img'], self.mean, self.std, self.device),y
 
     def forward_backward(self, data):
         "One step; returns its numbers."
@@ -288,14 +289,15 @@ class Trainer(Engine):
         every:int=1, # Steps between validations
     ):
         "All steps that the session has time for."
-        self.train_mode(session.step<self.recipe.freeze*total)
+        def frozen(step): return step<self.recipe.freeze*total
+        self.train_mode(frozen(session.step))
         for batch in session.steps(self.train_loader, total, 'fine-tuning', self.recipe.batch):
             lr,done = self.recipe.lr_at(session.step, total),session.step+1
             for g in self.opt.param_groups: g['lr'] = lr
             session.log(max(1, total//50), **self.forward_backward(batch), lr=lr)
             due = validate and (done%every==0 or done==total)
             if due: session.note(**validate(self.result.eval()))
-            self.train_mode(done<self.recipe.freeze*total)
+            if due or frozen(done)!=frozen(done-1): self.train_mode(frozen(done))
 
 # %% ../nbs/05_finetune.ipynb #bc926632
 STATS = dict(imagenet=((.485,.456,.406), (.229,.224,.225)),
@@ -321,7 +323,7 @@ def finetune(
     steps:int=None, # Stop this session after so many steps; the same call goes on
     protocol:str='market_folder', # How to read `data`, see `training_set`
     split:int=0, # Of CUHK03's classic protocol
-    precision:str=None, # See `autocast`
+    precision:str=None, # See `pick_precision`
     validate:int=0, # People of the training part to set aside, and to validate on
     validate_every:int=1, # Epochs between validations
     partial:bool=False, # Take `init` though it does not fill the whole backbone
@@ -459,7 +461,7 @@ def reid_finetune(
     protocol:str='market_folder', # market1501, cuhk03_np_labeled, cuhk03_classic_detected ...
     split:int=0, # Of CUHK03's classic protocol, 0 to 19
     change:str=None, # What to change in the recipe, as 'lr=1e-3 ema=.99'
-    precision:str=None, # fp32, bf16 or fp16; default bf16 where the machine has it, else fp32
+    precision:str=None, # fp32, bf16 or fp16; default bf16 where the machine has it, else fp16 on a GPU, fp32 on a CPU
     validate:int=0, # People of the training part to set aside, and to validate on
     validate_every:int=1, # Epochs between validations
     partial:bool=False, # Take --init though it does not fill the whole backbone

@@ -10,6 +10,7 @@ __all__ = ['BNS', 'OPTIMIZERS', 'DRAWS', 'contrast', 'MoCo', 'gather', 'shuffled
 # %% ../nbs/04_moco.ipynb #da0e5f36
 import copy, math, os, sys
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .backbones import build_backbone
 from .benchmarks import Benchmark, hold_out, rank, read_benchmark, read_rgb
@@ -28,8 +30,8 @@ from .crop_store import CropDataset, CropStore
 from .dataset import BadInput, command
 from .sessions import Session, outcome, team
 from .toy_city import rng_of
-from .views import (AUGMENTS, Augment, ViewPairs, autocast, choose, crop_batches, parse_size,
-                           pick_device, render, render_exact, render_pairs, to_input)
+from .views import (AUGMENTS, Augment, ViewPairs, ahead, autocast, choose, crop_batches, pack_pairs,
+                           parse_size, pick_device, pick_precision, render, render_exact, render_pairs, to_input)
 
 # %% ../nbs/04_moco.ipynb #8d3380a3
 def contrast(
@@ -40,11 +42,12 @@ def contrast(
     foreign=None, # bool[B,K], which keys don't count; None: all do
 )->tuple: # The loss; the share of queries whose own key comes first; mean cosine with other keys
     "InfoNCE (van den Oord 2018), as MoCo has it (He 2020, equation 1)."
-    others = q@queue if foreign is None else (q@queue).masked_fill(foreign, -math.inf)
+    others = q@queue
+    counts = torch.ones_like(others) if foreign is None else 1.-foreign.float()
+    alike = (others.detach()*counts).sum()/counts.sum().clamp(min=1)
+    if foreign is not None: others = others.masked_fill(foreign, -math.inf)
     logits = torch.cat([(q*k).sum(1, keepdim=True), others], 1)/tau
     loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
-    counted = others.detach()[others>-math.inf]
-    alike = counted.sum()/max(1, len(counted))
     return loss,(logits.argmax(1)==0).float().mean(),alike
 
 # %% ../nbs/04_moco.ipynb #4551315d
@@ -71,8 +74,10 @@ class MoCo(nn.Module):
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer('queue', F.normalize(torch.randn(dim, K), dim=0))
         self.register_buffer('places', torch.full((K,), -1))
-        self.register_buffer('ptr', torch.tensor(0))
-        self.register_buffer('t', torch.tensor(0))
+        self.t = self.ptr = 0  # steps done, and where the next keys go: on the CPU, so that nobody waits for a GPU
+
+    def get_extra_state(self): return torch.tensor([self.t, self.ptr])
+    def set_extra_state(self, state): self.t,self.ptr = state.tolist()
 
     def train(self, mode=True):
         super().train(mode)
@@ -85,11 +90,10 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def update_key_encoder(self):
         "One step of the momentum update; batch statistics follow as the weights do."
-        t = self.t.item(); m = min(self.m, (1+t)/(10+t))
-        pairs = [*zip(self.encoder_k.parameters(), self.encoder_q.parameters())]
-        if self.bn=='momentum': pairs += zip(self.encoder_k.buffers(), self.encoder_q.buffers())
-        for k,q in pairs:
-            if k.is_floating_point(): k.lerp_(q, 1-m)
+        def state(e): return [x for x in (*e.parameters(), *(e.buffers() if self.bn=='momentum' else ()))
+                              if x.is_floating_point()]
+        follow = get_ema_multi_avg_fn(min(self.m, (1+self.t)/(10+self.t)))
+        follow(state(self.encoder_k), state(self.encoder_q), self.t)
         self.t += 1
 
     @torch.no_grad()
@@ -98,7 +102,7 @@ class MoCo(nn.Module):
     ): # float[B,dim], each of length 1
         "Move the key encoder a little, and make keys."
         self.update_key_encoder()
-        encode = shuffled(self.encoder_k, int(self.t)) if self.bn=='shuffle' else self.encoder_k
+        encode = shuffled(self.encoder_k, self.t) if self.bn=='shuffle' else self.encoder_k
         return F.normalize(encode(x).float(), dim=1)
 
     def forward(self,
@@ -114,10 +118,10 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def enqueue(self, k, places=None):
         "The newest keys take the place of the oldest; their number divides K."
-        i = self.ptr.item()
-        self.queue[:,i:i+len(k)] = k.T
-        if places is not None: self.places[i:i+len(k)] = places
-        self.ptr.fill_((i+len(k))%self.K)
+        i,end = self.ptr,self.ptr+len(k)
+        self.queue[:,i:end] = k.T
+        if places is not None: self.places[i:end] = places
+        self.ptr = end%self.K
 
 # %% ../nbs/04_moco.ipynb #551f511f
 def gather(
@@ -206,7 +210,7 @@ def train_step(
     x_k, # Second views
     places=None, # int[B], see `MoCo.forward`
     scaler=None, # `torch.amp.GradScaler`; None: one that does nothing
-    precision:str=None, # See `autocast`
+    precision:str=None, # See `pick_precision`
     accumulate:int=1, # Pieces of the batch
     clip:float=None, # Longest gradient
 )->dict: # loss, accuracy, alike: tensors of one number
@@ -251,9 +255,10 @@ def embed_with(
 ): # float32[n,D], each row of length 1; n is at least 1
     "Features of images."
     out = []
-    for i in range(0, len(images), batch):
-        x = np.stack([read_image(im, size) for im in images[i:i+batch]])
-        out.append(F.normalize(f(to_input(x, mean, std, device)).float(), dim=1).cpu().numpy())
+    with ThreadPoolExecutor() as pool:
+        for i in range(0, len(images), batch):
+            x = np.stack([*pool.map(partial(read_image, size=size), images[i:i+batch])])
+            out.append(F.normalize(f(to_input(x, mean, std, device)).float(), dim=1).cpu().numpy())
     return np.concatenate(out)
 
 # %% ../nbs/04_moco.ipynb #a764de79
@@ -293,13 +298,13 @@ def view_loader(
     negatives:str='all', # 'all'; 'video': only keys from the query's own video
     draw:str='fast', # One of `DRAWS`
     workers:int=0, # Loader processes
-)->torch.utils.data.DataLoader: # Batches of what `ViewPairs` gives; lists of it for draw='device'
+)->torch.utils.data.DataLoader: # Batches of what `ViewPairs` gives; of `pack_pairs` for draw='device'
     "From a store to batches of two views."
     choose(['crop','track'], positives, 'positives'); choose(['all','video'], negatives, 'negatives')
     tracks = crops.store.tracks[crops.idx] if positives=='track' else None
     places = crops.store.rows['folder'][crops.idx].astype(int) if negatives=='video' else None
     pairs = ViewPairs(crops, views, seed, tracks, places, DRAWS[choose(DRAWS, draw, 'draw')])
-    collate = list if draw=='device' else torch.utils.data.default_collate
+    collate = pack_pairs if draw=='device' else torch.utils.data.default_collate
     return torch.utils.data.DataLoader(pairs, batch_sampler=batches, num_workers=workers,
                                        collate_fn=collate, pin_memory=torch.cuda.is_available())
 
@@ -340,7 +345,7 @@ def pretrain(
     positives:str='crop', # 'crop', or 'track': two crops of one track of the store
     negatives:str='all', # 'all', or 'video': only keys from the same video; for a few fixed cameras
     draw:str=None, # One of `DRAWS`; None: 'device' on a GPU, 'fast' on a CPU
-    precision:str=None, # See `autocast`
+    precision:str=None, # See `pick_precision`
     accumulate:int=1, # Pieces that a batch is taken in, where memory is short
     clip:float=None, # Longest gradient; None: no limit
     compile:bool=False, # Let PyTorch compile the encoders: some minutes first, then a tenth faster
@@ -371,6 +376,7 @@ def pretrain(
     if session.finished: return session.result
 
     torch.manual_seed(seed)
+    precision = pick_precision(device, precision)
     keep = queue_batches(n, batch, queue, crops_a_walk(crops.store.tracks[crops.idx]))
     moco = MoCo(build_backbone(arch), batch*keep, m=m, tau=tau, bn=bn)
     moco = moco.to(device, memory_format=torch.channels_last).train()
@@ -385,12 +391,12 @@ def pretrain(
     if workers is None: workers = os.cpu_count()//world if device.type=='cuda' else 0
     batches = crop_batches(n, batch, session.step, total, seed, (rank,world))
     loader = view_loader(crops, views, batches, seed, positives, negatives, draw, workers)
-    for items in session.steps(loader, total, 'MoCo', batch):
-        if draw=='device': x,places = render_pairs(items, views, device),[place for *_,place in items]
-        else: x,places = items
-        places = None if negatives=='all' else torch.as_tensor(places).to(device)
+    def prepare(items):
+        x,places = (render_pairs(items, views, device),items['places']) if draw=='device' else items
+        places = None if negatives=='all' else places.to(device, non_blocking=True)
+        return *[to_input(x[:,i], mean, std, device) for i in (0,1)],places
+    for x_q,x_k,places in session.steps(ahead(loader, prepare, device), total, 'MoCo', batch):
         rate = opt.param_groups[0]['lr'] = lr_at(session.step, total, batch, lr)
-        x_q,x_k = [to_input(x[:,i], mean, std, device) for i in (0,1)]
         told = train_step(net, opt, x_q, x_k, places, scaler, precision, accumulate, clip)
         session.log(max(1, total//100), **told, lr=rate, queue_age=min(session.step+1, keep))
         say_collapse(session)
@@ -425,7 +431,7 @@ def reid_pretrain(
     optimizer:str='sgd', # sgd, or adamw for a run of few steps
     accumulate:int=1, # Pieces that a batch is taken in, where memory is short
     clip:float=None, # Longest gradient; default no limit
-    precision:str=None, # fp32, bf16 or fp16; default bf16 where the machine has it, else fp32
+    precision:str=None, # fp32, bf16 or fp16; default bf16 where the machine has it, else fp16 on a GPU, fp32 on a CPU
     compile:bool=False, # Let PyTorch compile the encoders: some minutes first, then a tenth faster
     validate:str=None, # Market-style folder: people of its training part tell how it goes
     validate_every:int=1, # Epochs between validations

@@ -8,6 +8,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'dice_state', 'set_dice', 'to_t
 
 # %% ../nbs/03c_sessions.ipynb #f809a99a
 import io, json, math, os, random, signal, sys, threading, time
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def from_tensors(
             i,k = name.split('.')
             state.setdefault(int(i), {})[k] = v
         part.load_state_dict({**part.state_dict(), 'state': state})
-    else: part.load_state_dict({k: v.item() for k,v in tensors.items()})
+    elif tensors: part.load_state_dict({k: v.item() for k,v in tensors.items()})
 
 # %% ../nbs/03c_sessions.ipynb #68de4922
 def team()->tuple: # Number of this process, and how many there are
@@ -240,6 +241,7 @@ def must_stop(self:Session, found):
     stop = bool(found) or time.monotonic()>=self.end or self.step>=self.limit
     return stop if self.world==1 else bool(self.together(torch.tensor([float(stop)]).double()))
 
+# %% ../nbs/03c_sessions.ipynb #c35e20d7
 def latest(
     history:list, # Of a session
 )->dict: # Name to text
@@ -248,12 +250,26 @@ def latest(
 
 @patch
 def measure(self:Session, batch):
-    "Images a second, share of the time spent on waiting for them, memory of the GPU, minutes left."
+    "Images a second, share of the time that the device waited for them, memory of the GPU, minutes left."
     spent,steps = time.monotonic()-self.since,self.step-self.first
     self.now = dict(images_a_second=steps*batch/spent, waiting=self.waited/spent,
                     minutes_left=(self.total-self.step)*spent/steps/60)
     if torch.cuda.is_available(): self.now['gpu_gb'] = torch.cuda.max_memory_allocated()/2**30
 
+@patch
+def take(self:Session, batches):
+    "The next batch; adds up how long the GPU, or this process where there is none, has nothing else to do."
+    if not torch.cuda.is_available():
+        t = time.monotonic(); x = next(batches); self.waited += time.monotonic()-t
+        return x
+    idle,busy = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    idle.record(); x = next(batches); busy.record()
+    self.waits.append((idle,busy))
+    while self.waits and self.waits[0][1].query():  # never wait for the GPU only to know how long it waited
+        idle,busy = self.waits.popleft(); self.waited += idle.elapsed_time(busy)/1000
+    return x
+
+# %% ../nbs/03c_sessions.ipynb #395252ea
 @patch
 def steps(self:Session,
     batches, # Iterable, beginning at `self.step`
@@ -262,13 +278,12 @@ def steps(self:Session,
     batch:int, # Images a step, of the whole team
 ): # Yields the batches; raises `KeyboardInterrupt` or `SystemExit` after a signal
     "Hand out batches, counting; stop in time, and leave a checkpoint."
-    self.first,self.total,self.waited,self.since = self.step,total,0.,time.monotonic()
-    found,batches = [],iter(batches)
+    self.first,self.total,self.since = self.step,total,time.monotonic()
+    self.waited,self.waits,found,batches = 0.,deque(),[],iter(batches)
     bar = tqdm(total=total*batch, initial=self.step*batch, desc=desc, unit='img', disable=bool(self.rank))
     with bar,catch_signals(found):
         while self.step<total and not self.must_stop(found):
-            t = time.monotonic(); x = next(batches); self.waited += time.monotonic()-t
-            yield x
+            yield self.take(batches)
             self.step += 1
             self.measure(batch)
             bar.update(batch)

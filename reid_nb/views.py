@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['AUGMENTS', 'GRAY', 'PRECISIONS', 'View', 'random_box', 'middle_box', 'Augment', 'color_maps', 'render',
-           'render_exact', 'to_canvas', 'sample', 'blur', 'render_batch', 'crop_batches', 'ViewPairs', 'render_pairs',
-           'pick_device', 'choose', 'autocast', 'to_input', 'parse_size']
+           'render_exact', 'to_canvas', 'sample', 'blur', 'tabulate', 'render_batch', 'crop_batches', 'ViewPairs',
+           'pack_pairs', 'render_pairs', 'ahead', 'pick_device', 'choose', 'pick_precision', 'autocast', 'scaling',
+           'to_input', 'parse_size']
 
 # %% ../nbs/03b_views.ipynb #f1b96d41
 import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import cv2
@@ -181,32 +185,40 @@ def sample(
 def blur(
     x, # float32[B,3,h,w]
     sigma, # [B] pixels, above 0
+    r:int, # Reach of the kernels in pixels, three of the largest sigma
 ): # float32[B,3,h,w]
-    "Gaussian blur, a sigma for each picture; the kernels reach three of the largest."
-    (B,C,h,w),r = x.shape,math.ceil(3*max(sigma).item())
+    "Gaussian blur, a sigma for each picture."
+    B,C,h,w = x.shape
     taps = torch.exp(-.5*(torch.arange(-r, r+1, device=x.device)/sigma[:,None])**2)
     k = (taps/taps.sum(1, keepdim=True)).repeat_interleave(C, 0)[:,None,None]
     x = F.pad(x, (r,r,r,r), 'reflect').view(1, B*C, h+2*r, w+2*r)
     return F.conv2d(F.conv2d(x, k, groups=B*C), k.transpose(2,3), groups=B*C).view(B,C,h,w)
 
+# %% ../nbs/03b_views.ipynb #408d4d4f
+def tabulate(
+    views:list, # B `View`s
+)->dict: # Name to float32[B,...]
+    "The dice of a batch as tensors."
+    rows = dict(box=[v.box for v in views], flip=[v.flip for v in views], sigma=[v.sigma for v in views],
+                color=[color_maps(v) for v in views], erase=[v.erase or (0,0,0,0) for v in views])
+    return {k: torch.from_numpy(np.array(r, np.float32)) for k,r in rows.items()}
+
 def render_batch(
     canvas, # uint8[B,3,H,W], from `to_canvas`
-    views:list, # B `View`s
+    dice:dict, # From `tabulate`, on the CPU
     size, # Height and width in pixels
     fill=(128,128,128), # RGB colour for erasing
 ): # uint8[B,h,w,3]
     "A view of each picture, on the device of the canvas."
-    dev = canvas.device
-    table = lambda rows, **kw: torch.as_tensor(np.array(rows), **kw).to(dev, non_blocking=True)
-    x = sample(canvas, table([v.box for v in views]), table([v.flip for v in views]), size)
-    A,T = table([color_maps(v) for v in views], dtype=torch.float32).unbind(1)
+    dev,soft,reach = canvas.device,dice['sigma'].nonzero()[:,0],math.ceil(3*dice['sigma'].max().item())
+    box,flip,sigma,color,erase,soft = [t.to(dev, non_blocking=True) for t in (*dice.values(), soft)]
+    x,(A,T) = sample(canvas, box, flip>0, size),color.unbind(1)
     x = torch.einsum('bij,bjhw->bihw', A, x) + (T@x.mean((2,3))[:,:,None])[...,None]
-    soft = [i for i,v in enumerate(views) if v.sigma]
-    if soft: x[soft] = blur(x[soft], table([views[i].sigma for i in soft], dtype=torch.float32))
-    top,left,eh,ew = table([v.erase or (0,0,0,0) for v in views]).T[...,None]
+    if reach: x[soft] = blur(x[soft], sigma[soft], reach)
+    top,left,eh,ew = erase.T[...,None]
     ys,xs = [torch.arange(n, device=dev) for n in size]
     hit = ((ys>=top)&(ys<top+eh))[:,:,None] & ((xs>=left)&(xs<left+ew))[:,None]
-    x = torch.where(hit[:,None], table(fill, dtype=torch.float32).view(3,1,1), x)
+    for c,level in zip(x.unbind(1), fill): c.masked_fill_(hit, level)
     return x.round_().clamp_(0, 255).byte().permute(0,2,3,1)
 
 # %% ../nbs/03b_views.ipynb #41b62e37
@@ -260,19 +272,54 @@ class ViewPairs(torch.utils.data.Dataset):
         return np.stack(both),place
 
 # %% ../nbs/03b_views.ipynb #204fd666
-def render_pairs(
+def pack_pairs(
     items:list, # Of a `ViewPairs` with `render=None`
+)->dict: # JPEG bytes, one after another, and their `ends`; for both views `at`, which picture, and the dice; places
+    "A batch as few tensors; a DataLoader's `collate_fn`."
+    jpegs,dice,places = zip(*items)
+    counts,flat = np.array([len(js) for js in jpegs]),[j for js in jpegs for j in js]
+    last = counts.cumsum()-1
+    ends,at = np.cumsum([len(j) for j in flat]),np.stack([last-counts+1, last])
+    return dict(data=torch.frombuffer(bytearray(b''.join(flat)), dtype=torch.uint8), ends=torch.from_numpy(ends),
+                at=torch.from_numpy(at), dice=[tabulate(views) for views in zip(*dice)], places=torch.tensor(places))
+
+def render_pairs(
+    packed:dict, # From `pack_pairs`
     augment:Augment, # Size and colour for erasing
     device='cpu', # Where to decode and draw
 ): # uint8[B,2,h,w,3]; raises `BadInput` for a broken crop
     "Two views of each crop of a batch, made on the device."
-    jpegs,dice,_ = zip(*items)
-    crops = decode_batch([j for js in jpegs for j in js], device)
+    jpegs = np.split(packed['data'].numpy(), packed['ends'][:-1])
+    crops = decode_batch([j.tobytes() for j in jpegs], device)
     if any(c is None for c in crops): raise BadInput('a crop is broken: reid_pack --verify names it')
-    canvas,ends = to_canvas(crops),np.cumsum([len(js) for js in jpegs])
-    at = ends-[len(js) for js in jpegs],ends-1
-    return torch.stack([render_batch(canvas[torch.from_numpy(i).to(canvas.device)], views,
-                                     augment.size, augment.fill) for i,views in zip(at, zip(*dice))], 1)
+    canvas = to_canvas(crops)
+    return torch.stack([render_batch(canvas[at], dice, augment.size, augment.fill)
+                        for at,dice in zip(packed['at'].to(device, non_blocking=True), packed['dice'])], 1)
+
+# %% ../nbs/03b_views.ipynb #43cb5b80
+def ahead(
+    batches, # Iterable
+    prepare, # Function of a batch: a tuple of tensors on `device`, or None among them
+    device, # From `pick_device`
+    depth:int=2, # Batches that are ready, or in the making
+): # Yields what `prepare` gives
+    "Prepare batches; on a GPU while the one before trains."
+    if device.type!='cuda':
+        yield from map(prepare, batches)
+        return
+    batches,stream = iter(batches),torch.cuda.Stream(device)
+    def make():
+        with torch.cuda.stream(stream):
+            for batch in batches: return prepare(batch),stream.record_event()
+    with ThreadPoolExecutor(1) as pool:
+        todo = deque(pool.submit(make) for _ in range(depth))
+        while made := todo.popleft().result():
+            todo.append(pool.submit(make))
+            (tensors,ready),now = made,torch.cuda.current_stream(device)
+            now.wait_event(ready)
+            for t in tensors:
+                if t is not None: t.record_stream(now)  # its memory is given back when the training is done with it
+            yield tensors
 
 # %% ../nbs/03b_views.ipynb #d52a980a
 def pick_device(
@@ -292,18 +339,35 @@ def choose(
 
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
+def pick_precision(
+    device, # From `pick_device`
+    precision:str=None, # One of `PRECISIONS`; None: bf16 where `device` has it, else fp16 on a GPU and fp32 on a CPU
+)->str: # Raises `BadInput` for an unknown one
+    "What to compute in."
+    def has(name): return getattr(torch.cpu, name, lambda: False)()
+    if precision: return choose(PRECISIONS, precision, 'precision')
+    if device.type=='cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+    return 'bf16' if has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported') else 'fp32'
+
 def autocast(
     device, # From `pick_device`
-    precision:str=None, # One of `PRECISIONS`; None: bf16 where `device` computes with it natively
-): # A context manager; raises `BadInput` for an unknown precision
+    precision:str=None, # See `pick_precision`
+): # A context manager
     "Compute in half precision inside the block."
-    if precision is None:
-        def has(name): return getattr(torch.cpu, name, lambda: False)()
-        if device.type=='cuda': ok = torch.cuda.is_bf16_supported(including_emulation=False)
-        else: ok = has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported')
-        precision = 'bf16' if ok else 'fp32'
-    dtype = PRECISIONS[choose(PRECISIONS, precision, 'precision')]
+    dtype = PRECISIONS[pick_precision(device, precision)]
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+# %% ../nbs/03b_views.ipynb #2860eae0
+@lru_cache
+def scaling(
+    mean:tuple, # Three numbers, 0 to 1
+    std:tuple, # Three numbers, 0 to 1
+    w:int, # Width in pixels
+    device, # Where the network is
+)->tuple: # Shift and factor for a row of pixels, float32[3*w] each
+    mean,std = [torch.tensor(v).float().repeat(w) for v in (mean,std)]
+    return (-mean/std).to(device),(1/(255*std)).to(device)
 
 def to_input(
     x, # uint8 tensor or array [B,h,w,3], RGB
@@ -314,9 +378,9 @@ def to_input(
     "A batch of uint8 images as network input."
     x = torch.as_tensor(x).to(device, non_blocking=True)
     B,h,w,_ = x.shape
-    mean,std = [torch.as_tensor(v, device=x.device).float().repeat(w) for v in (mean,std)]
+    shift,factor = scaling(tuple(mean), tuple(std), w, x.device)
     rows = x.reshape(B,h,w*3).float()  # rows of 3 colours would be slow
-    torch.addcmul(-mean/std, rows, 1/(255*std), out=rows)  # in place: fresh memory is slow
+    torch.addcmul(shift, rows, factor, out=rows)  # in place: fresh memory is slow
     return rows.view(B,h,w,3).permute(0,3,1,2)
 
 # %% ../nbs/03b_views.ipynb #61571543

@@ -41,6 +41,13 @@ def run():
         return subprocess.run([exe, *map(str, args)], capture_output=True, text=True, timeout=timeout, **kw)
     return _run
 
+@pytest.fixture(scope='session')
+def cuda():
+    "A CUDA device; few machines have one."
+    import torch
+    if not torch.cuda.is_available(): pytest.skip('no CUDA device: what it does is not tried')
+    return torch.device('cuda')
+
 @pytest.fixture
 def tiny_disk(tmp_path):
     "A folder on a 2 MB tmpfs, to see what a full disk does."

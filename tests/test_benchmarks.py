@@ -301,9 +301,7 @@ def test_ranking_takes_little_memory():
     tracemalloc.stop()
     assert peak < 40e6
 
-def test_the_gpu_gives_the_same(toy):
-    torch = pytest.importorskip('torch')
-    if not torch.cuda.is_available(): pytest.skip('no CUDA device: the product on one is not tried')
+def test_the_gpu_gives_the_same(cuda):
     r = np.random.default_rng(0)
     qf, gf = r.standard_normal((70, 256), np.float32), r.standard_normal((900, 256), np.float32)
     np.testing.assert_allclose(np.concatenate(list(blocks(qf, gf, 5000))), distances(qf, gf), atol=1e-5)

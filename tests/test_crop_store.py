@@ -470,9 +470,7 @@ def test_contact_sheet_of_a_few(crops, tmp_path):
     for f in sorted(crops.rglob('*.jpg'))[:3]: shutil.copy(f, tmp_path/'few')
     assert contact_sheet(pack(tmp_path/'few', tmp_path/'few.lmdb'), columns=2).shape == (192, 96, 3)
 
-def test_batches_on_the_gpu(store):
-    torch = pytest.importorskip('torch')
-    if not torch.cuda.is_available(): pytest.skip('no CUDA device: its JPEG decoder is not tried')
+def test_batches_on_the_gpu(store, cuda):
     jpegs = [store[i] for i in range(64)] + [b'broken']
     on_gpu, on_cpu = decode_batch(jpegs, 'cuda'), decode_batch(jpegs)
     assert on_gpu[-1] is None and all(g.is_cuda for g in on_gpu[:-1])

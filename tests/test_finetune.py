@@ -17,7 +17,7 @@ from reid_nb.backbones import build_backbone
 from reid_nb.benchmarks import chance, rank, read_benchmark
 from reid_nb.dataset import BadInput
 from reid_nb.finetune import (RECIPES, MarketFolder, TrainImages, change_recipe, embed, finetune, load_model,
-                              pk_batches, take_labels, training_set)
+                              pk_batches, score, take_labels, training_set)
 from reid_nb.sessions import load_checkpoint, save_checkpoint
 from reid_nb.toy_city import rng_of
 from reid_nb.transfer import read_weights, transfer_weights
@@ -277,6 +277,17 @@ def test_kill_and_resume(market, whole, tmp_path):
     assert not (tmp_path/'reid.safetensors').exists()
     assert load_checkpoint(tmp_path/'reid.session.safetensors')[1]['step']==4
     assert same(whole, finetune(market, out=tmp_path, **FAST))
+
+@pytest.mark.parametrize('precision', [None,'fp16'])
+def test_a_gpu_goes_on(market, tmp_path, cuda, precision):
+    kw = dict(FAST, epochs=6, device=None, workers=2, precision=precision)
+    finetune(market, out=tmp_path, steps=3, **kw)
+    assert load_checkpoint(tmp_path/'reid.session.safetensors')[1]['step']==3
+    end = finetune(market, out=tmp_path, **kw)
+    history = load_checkpoint(end)[1]['history']
+    assert [x['step'] for x in history]==list(range(1,19)) and np.isfinite([x['loss'] for x in history]).all()
+    bench = read_benchmark('market_folder', market)
+    assert score(end, bench).figures()['mAP'] > chance(bench)['mAP']
 
 def test_steps_stop_and_go_on(market, whole, tmp_path):
     finetune(market, out=tmp_path, steps=3, **FAST)

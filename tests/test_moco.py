@@ -132,7 +132,7 @@ def test_keys_do_not_know_their_batch():
 def test_momentum_update():
     torch.manual_seed(0)
     model = MoCo(build_backbone('osnet_x0_25'), K=8, m=.5).train()
-    model.t.fill_(1000)
+    model.t = 1000
     q,k = next(model.encoder_q.parameters()),next(model.encoder_k.parameters())
     with torch.no_grad(): q.add_(1)
     was = k.clone()
@@ -253,6 +253,18 @@ def test_shuffled_keys_come_home(tmp_path):
 def test_options_train(store, tmp_path, kw):
     h = load_checkpoint(pretrain(store, tmp_path, **{**FAST, 'epochs': 1}, **kw))[1]['history']
     assert len(h)==8 and np.isfinite([x['loss'] for x in h]).all()
+
+@pytest.mark.parametrize('kw', [{}, dict(precision='fp16', draw='fast'), dict(negatives='video', positives='track')],
+                         ids=str)
+def test_a_gpu_goes_on(store, tmp_path, cuda, kw):
+    seen,kw = [],dict(FAST, epochs=2, device=None, workers=2, **kw)
+    pretrain(store, tmp_path, steps=5, **kw)
+    state,meta = load_checkpoint(tmp_path/'moco.session.safetensors')
+    assert meta['step']==5 and ('scaler.scale' in state)==('precision' in kw)
+    end = pretrain(store, tmp_path, watch=lambda s: seen.append(s.now), **kw)
+    h = load_checkpoint(end)[1]['history']
+    assert [x['step'] for x in h]==list(range(1,17)) and np.isfinite([x['loss'] for x in h]).all()
+    assert 0<=seen[-1]['waiting']<=1 and seen[-1]['gpu_gb']>0
 
 def test_fp16_goes_on_with_its_scaler(store, tmp_path):
     kw = dict(FAST, epochs=2, precision='fp16')

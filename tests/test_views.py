@@ -1,4 +1,5 @@
 "The views room: dice against torchvision's, three ways to carry them out, pairs of crops and of tracks."
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -7,8 +8,9 @@ from torchvision import transforms as T
 
 from reid_nb.dataset import BadInput
 from reid_nb.toy_city import rng_of
-from reid_nb.views import (AUGMENTS, Augment, View, autocast, crop_batches, middle_box, random_box, render,
-                           render_batch, render_exact, to_canvas, to_input)
+from reid_nb.views import (AUGMENTS, Augment, View, ahead, autocast, crop_batches, middle_box, pack_pairs,
+                           pick_precision, random_box, render, render_batch, render_exact, render_pairs, tabulate,
+                           to_canvas, to_input)
 
 def test_every_crop_once_an_epoch():
     steps = list(crop_batches(20, 4, 0, 10, seed=3))
@@ -58,11 +60,47 @@ def test_three_ways_agree(seed, h, w, how):
     if view.jitter: view = view._replace(jitter=(*view.jitter[:3], 0))
     fast, exact = [f(img, view, (64,32)).astype(int) for f in (render, render_exact)]
     batch = render_batch(to_canvas([torch.zeros(3,7,9).byte(), torch.from_numpy(img).permute(2,0,1)]),
-                         [View((0,0,7,9)), view], (64,32))[1].numpy()
+                         tabulate([View((0,0,7,9)), view]), (64,32))[1].numpy()
     assert np.abs(fast - batch).mean()<1.5 and np.abs(fast - exact).mean()<4
+
+def packed(how, n=12):
+    "Smooth pictures of several sizes as a loader would hand them over, and their colours."
+    aug,items = Augment((64,32), **AUGMENTS[how]),[]
+    for i in range(n):
+        y, x = np.mgrid[:90+i,:40+2*i]
+        img = np.stack([80+y, 200-x, 110+30*np.sin(y/9+i)], 2).astype(np.uint8)
+        dice = [aug.draw(img.shape[:2], rng_of(i, k)) for k in (0,1)]
+        items.append(([cv2.imencode('.jpg', img)[1].tobytes()], dice, i))
+    return aug, pack_pairs(items)
+
+@pytest.mark.parametrize('how', AUGMENTS)
+def test_a_gpu_draws_what_a_cpu_draws(how, cuda):
+    aug, batch = packed(how)
+    here, there = render_pairs(batch, aug), render_pairs(batch, aug, cuda)
+    assert there.is_cuda and (there.cpu().int() - here.int()).abs().float().mean()<2
+
+def test_a_broken_crop_is_named():
+    aug, batch = packed('luperson')
+    batch['data'][batch['ends'][3]:batch['ends'][4]] = 0
+    with pytest.raises(BadInput, match='a crop is broken'): render_pairs(batch, aug)
+
+def test_batches_made_ahead_are_whole_and_in_order(cuda):
+    def prepare(i): return torch.full((2000,2000), i, device=cuda).cumsum(0), None
+    for i,(x,none) in enumerate(ahead(range(30), prepare, cuda)):
+        assert none is None and (x[-1]==2000*i).all()
+    assert i==29
+    for x,_ in ahead(iter(range(10**9)), prepare, cuda): break   # who stops early is not held up
+    def fails(i): return (torch.full((2,), 1/(3-i), device=cuda),)
+    with pytest.raises(ZeroDivisionError): assert len([*ahead(range(9), fails, cuda)])
 
 def test_unknown_precision():
     with pytest.raises(BadInput, match='choose one of fp32, bf16, fp16'): autocast(torch.device('cpu'), 'int8')
+
+def test_a_gpu_without_bf16_takes_fp16(monkeypatch):
+    for has,want in ((True,'bf16'), (False,'fp16')):
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: has)
+        assert pick_precision(torch.device('cuda'))==want
+    assert pick_precision(torch.device('cuda'), 'fp32')=='fp32'
 
 def test_input_of_a_slice_is_that_of_a_copy():
     x = torch.randint(0, 255, (4,2,8,6,3), dtype=torch.uint8)

@@ -81,7 +81,7 @@ def main():
     def whole(engine, loader):
         return lambda: [engine.forward_backward(b) for b in islice(iter(loader), args.steps)]
     def loader(k): return DataLoader(images, batch_sampler=pk_batches(train, args.batch, 4, 0, args.steps, k),
-                                     num_workers=args.workers)
+                                     num_workers=args.workers, pin_memory=device.type == 'cuda')
     ways = {('step', 'torchreid'): lambda k: steps(theirs, ready_theirs),
             ('whole', 'torchreid'): lambda k: whole(theirs, manager.train_loader)}
     for name, trainer in ours.items():
@@ -92,7 +92,8 @@ def main():
     for k in range(args.rounds):
         for name, way in ways.items(): times[name].append(timed(way(k)))
     print(f'{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, Python '
-          f'{platform.python_version()}, torch {torch.__version__}, {device}; {args.arch} at {args.size}, '
+          f'{platform.python_version()}, torch {torch.__version__}, '
+          f'{torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"}; {args.arch} at {args.size}, '
           f'batch {args.batch}, {classes} identities')
     for what in 'step', 'whole':
         for name in 'torchreid', *ours:

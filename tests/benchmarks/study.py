@@ -59,6 +59,7 @@ def main():
     p.add_argument('--tracks', action='store_true')
     p.add_argument('--pretrain', type=int, default=200, help='epochs of MoCo')
     p.add_argument('--batch', type=int, default=256, help='of MoCo')
+    p.add_argument('--lr', type=float, default=.004, help='of MoCo, at a batch of 256')
     p.add_argument('--recipes', nargs='+', default=['bot', 'mgn'])
     p.add_argument('--change', default='', help="of the recipes, such as 'lr=1e-3 ema=.999'")
     p.add_argument('--epochs', type=int, help="of fine-tuning; default the recipe's")
@@ -77,7 +78,7 @@ def main():
         def watch(session): speed.update(session.now)
         speed = {}
         init = pretrain(args.out/'crops.lmdb', args.out/'moco', args.arch, args.pretrain, left(), args.batch, size,
-                        augment='street', optimizer='adamw', lr=.004, m=.99, queue=4, negatives='video',
+                        augment='street', optimizer='adamw', lr=args.lr, m=.99, queue=4, negatives='video',
                         positives='track' if args.tracks else 'crop', compile=gpu, watch=watch)
         meta = load_checkpoint(init)[1]
         if speed: print('MoCo: {images_a_second:,.0f} images a second, {waiting:.0%} of it waiting'.format(**speed))
