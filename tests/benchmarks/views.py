@@ -25,7 +25,8 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as T
 
 from reid_nb.crop_store import CropDataset
-from reid_nb.views import AUGMENTS, Augment, ViewPairs, parse_size, render, render_exact, render_pairs, to_input
+from reid_nb.views import (AUGMENTS, Augment, ViewPairs, pack_pairs, parse_size, render, render_exact, render_pairs,
+                           to_input)
 
 MEAN, STD = (.3525, .3106, .3140), (.2660, .2522, .2505)
 
@@ -72,7 +73,7 @@ def main():
         aug = Augment(size, **how)
         pairs = ViewPairs(crops, aug, render=None)
         for b in batches:
-            x = render_pairs([pairs[0, i] for i in b], aug)
+            x = render_pairs(pack_pairs([pairs[0, i] for i in b]), aug)
             yield [to_input(x[:, k], MEAN, STD) for k in (0, 1)]
 
     for name in ('luperson', 'moco_v2'):
