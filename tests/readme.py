@@ -1,8 +1,10 @@
 "Prints README.md: the text of nbs/index.ipynb. `python tests/readme.py > README.md`"
 import json
+import re
 import sys
 from pathlib import Path
 
 nb = json.loads((Path(__file__).parent.parent/'nbs'/'index.ipynb').read_text(encoding='utf-8'))
 text = [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown']
-sys.stdout.write('\n\n'.join(['<!-- made from nbs/index.ipynb by tests/readme.py: edit there -->', *text]) + '\n')
+text = '\n\n'.join(['<!-- made from nbs/index.ipynb by tests/readme.py: edit there -->', *text]) + '\n'
+sys.stdout.write(re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text))   # the lessons lie beside the index

@@ -1,4 +1,7 @@
 "The documentation site without Quarto: every notebook passes nbdev's processors and stands in the sidebar."
+import json
+import re
+
 import yaml
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
@@ -17,3 +20,16 @@ def test_every_notebook_is_in_the_sidebar():
     site = yaml.safe_load((cfg.config_path/'_quarto.yml').read_text(encoding='utf-8'))['website']
     parts = [s['contents'] if isinstance(s, dict) else [s] for s in site['sidebar']['contents']]
     assert names == sorted(name for part in parts for name in part)
+
+def test_links_between_pages_lead_somewhere():
+    pages, broken = {re.sub(r'ipynb$', end, n) for n in names for end in ('ipynb', 'html')}, []
+    for name in names:
+        cells = json.loads((cfg.nbs_path/name).read_text(encoding='utf-8'))['cells']
+        text = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+        targets = [t.partition('#')[0] for t in re.findall(r'\]\(([^)\s]+)\)', text) if '://' not in t]
+        broken += [(name, t) for t in targets if t and t not in pages and not (cfg.nbs_path/t).is_file()]
+    assert broken == []
+
+def test_links_of_the_readme_lead_somewhere():
+    targets = re.findall(r'\]\(([^)\s]+)\)', (cfg.config_path/'README.md').read_text(encoding='utf-8'))
+    assert len(targets) > 20 and [t for t in targets if not (cfg.config_path/t).is_file()] == []
