@@ -272,6 +272,13 @@ def test_fp16_goes_on_with_its_scaler(store, tmp_path):
     assert load_checkpoint(tmp_path/'halves/moco.session.safetensors')[0]['scaler.scale'].item()>1
     assert same(pretrain(store, tmp_path/'halves', **kw), pretrain(store, tmp_path/'whole', **kw))
 
+@pytest.mark.parametrize('first,then', [('fp16','bf16'), ('fp32','fp16')])
+def test_another_machine_may_go_on_in_its_own_precision(store, tmp_path, first, then):
+    kw = dict(FAST, epochs=1)
+    pretrain(store, tmp_path, steps=3, precision=first, **kw)
+    h = load_checkpoint(pretrain(store, tmp_path, precision=then, **kw))[1]['history']
+    assert len(h)==8 and np.isfinite([x['loss'] for x in h]).all()
+
 def test_validation_changes_nothing(store, whole, tmp_path):
     "Numbers of a function that is handed in are in the curve, every other epoch and at the end; the weights stay."
     asked = []
