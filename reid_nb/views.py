@@ -366,6 +366,7 @@ def scaling(
     w:int, # Width in pixels
     device, # Where the network is
 )->tuple: # Shift and factor for a row of pixels, float32[3*w] each
+    "The statistics as one multiplication and one addition; kept, so that no step has to send them again."
     mean,std = [torch.tensor(v).float().repeat(w) for v in (mean,std)]
     return (-mean/std).to(device),(1/(255*std)).to(device)
 
