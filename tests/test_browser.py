@@ -3,6 +3,7 @@ import os
 import shutil
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,7 @@ def look_after(v):
     v.panel.get_by_label('Chiara').check()
     v.panel.locator('figure').first.wait_for()
     v.panel.get_by_text('Another name', exact=True).click()
-    write(v, 'New name', 'Chiara B')
+    v.panel.get_by_label('New name').fill('Chiara B')
     v.click('Rename')
     assert 'Chiara is now called Chiara B' in v.answer('good')
     v.panel.get_by_label('Chiara B').check()
@@ -172,16 +173,13 @@ def choose(v, label, name):
     v.page.get_by_role('option', name=name, exact=True).click()
 
 def insist(v, do, holds):
-    "Use a part that was just opened: while a slow machine still builds it, what is done to it can be lost."
+    "Do it again where it was lost, and warn. Seen once, on a busy machine, in a part just opened; why is not known."
     for _ in range(20):
         do()
         v.page.wait_for_timeout(500)
         if holds(): return
+        warnings.warn('the page has lost what was done to it')
     raise AssertionError('the page does not keep what is done to it')
-
-def write(v, label, text):
-    field = v.panel.get_by_label(label)
-    insist(v, lambda: field.fill(text), lambda: field.input_value() == text)
 
 @pytest.mark.long
 def test_a_late_list_undoes_no_choice(browser, site, network, toy, monkeypatch):
@@ -198,7 +196,7 @@ def test_a_late_list_undoes_no_choice(browser, site, network, toy, monkeypatch):
     v.tab('Gallery')
     insist(v, ada.check, ada.is_checked)
     v.panel.get_by_text('Another name', exact=True).click()
-    write(v, 'New name', 'Ada B')
+    insist(v, lambda: new_name.fill('Ada B'), lambda: new_name.input_value() == 'Ada B')
     assert v.panel.get_by_label('Bruno').count() == 0
     come.set()
     v.panel.get_by_label('Bruno').wait_for()
