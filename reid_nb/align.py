@@ -7,7 +7,7 @@ __all__ = ['LINES', 'OFFSETS', 'Fit', 'reid_align', 'ious', 'moving_frames', 'co
            'verdicts', 'align', 'enter_refused', 'show_verdicts']
 
 # %% ../nbs/01b_align.ipynb #e6ae4309
-import json, os, sqlite3
+import json, sqlite3
 from collections import namedtuple
 from contextlib import closing
 from dataclasses import replace
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .dataset import find_pairs, fingerprint, median_frame, motion_boxes, yolo_boxes
+from .dataset import (
+    find_pairs, fingerprint, median_frame, motion_boxes, weights_from_anywhere, yolo_boxes)
 from .detections import Dets, read_dets, write_dets
 from .jobs import command, fail_together, spread
 from .toy_city import atomic_write
@@ -134,7 +135,7 @@ def align(
 )->list: # `verdicts(dest)`; `BadInput` for wrong paths and, at the end, for broken videos
     "Check that detections fit their videos, mend height and frames, refuse what does not fit."
     if least is None: least = .3 if weights == 'motion' else .5
-    if os.path.exists(weights): weights = os.path.abspath(weights)
+    weights = weights_from_anywhere(weights)
     known, jobs = {v['video']: v['made_from'] for v in verdicts(dest)}, []
     for name, video, pkl in find_pairs(videos, dets):
         stamp = fingerprint(video, pkl) | dict(weights=weights, least=least, frames=frames)

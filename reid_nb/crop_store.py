@@ -17,7 +17,7 @@ from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Callable
@@ -86,7 +86,6 @@ def list_crops(
     return sorted(found)
 
 # %% ../nbs/02_lmdb.ipynb #389a35f6
-@lru_cache(8)
 def read_places(
     folder:str, # Folder of a video's crops
 )->dict: # {name of a crop: its box}; raises `BadInput` for a `counts.json` that is none
@@ -106,11 +105,13 @@ def folder_source(
     "The pictures of a folder."
     listed = list_crops(crops)
     def items(start):
+        before = None
         for i in range(start, len(listed)):
             key, path = listed[i]
             twin = 'another one has this name' if i and listed[i-1][0] == key else ''
             folder, name = os.path.split(path)
-            box = read_places(folder).get(os.path.splitext(name)[0], (-1,)*4)
+            if folder != before: before, places = folder, read_places(folder)
+            box = places.get(os.path.splitext(name)[0], (-1,)*4)
             yield Item(key, partial(Path.read_bytes, Path(path)), box=box, why=twin)
     digest = hashlib.sha256(b'\0'.join(key for key, _ in listed)).hexdigest()
     return Source(digest, len(listed), items)
@@ -377,8 +378,7 @@ def pids(self:CropStore):
 @patch(as_prop=True)
 def tracks(self:CropStore):
     "int[n], the same number for the same track of the same video; -1 where there is none"
-    ids = self.rows['folder'].astype(np.int64) << 32 | self.pids
-    ids = np.where(self.pids < 0, -1, ids)
+    ids = self.rows['folder'].astype(np.int64) << 32 | self.pids  # -1 stays -1
     return np.unique(ids, return_inverse=True)[1] - (ids < 0).any()
 
 @patch(as_prop=True)

@@ -6,10 +6,10 @@
 __all__ = ['STATES', 'RETRY', 'MAX_BYTES', 'YTDLP', 'reid_download', 'Person', 'PEOPLE', 'reid_detect', 'Cut', 'reid_extract',
            'VideoName', 'read_vnames', 'open_census', 'census_table', 'state_of', 'sha256', 'remove_empty',
            'video_facts', 'Quiet', 'TooLarge', 'TooSlow', 'Stopped', 'watcher', 'fetch', 'fetch_all', 'download',
-           'plot_census', 'show_census', 'yolo_boxes', 'shrink', 'median_frame', 'motion_boxes', 'detect_people',
-           'find_videos', 'detect_video', 'detect', 'fit_boxes', 'encode_jpeg', 'write_jpeg', 'cut_people',
-           'crop_video', 'crop_counts', 'find_pairs', 'fingerprint', 'extract', 'crop_sheet', 'plot_crops',
-           'show_crops', 'report_crops']
+           'plot_census', 'show_census', 'yolo_boxes', 'shrink', 'median_frame', 'frames_around', 'motion_boxes',
+           'weights_from_anywhere', 'detect_people', 'find_videos', 'detect_video', 'detect', 'fit_boxes',
+           'encode_jpeg', 'write_jpeg', 'cut_people', 'crop_video', 'crop_counts', 'find_pairs', 'fingerprint',
+           'extract', 'crop_sheet', 'plot_crops', 'show_crops', 'report_crops']
 
 # %% ../nbs/01_dataset.ipynb #4875b7bf
 import hashlib, io, json, os, re, shutil, sqlite3, sys, threading, time
@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from .detections import Dets, read_dets, safe_load, write_dets
 from .jobs import check_engine, command, fail_together, on_ray, spread
 from .toy_city import atomic_write
-from .video import BadInput, read_frames
+from .video import BadInput, count_frames, frames_between, read_frames
 
 # %% ../nbs/01_dataset.ipynb #07480977
 @dataclass(frozen=True)
@@ -309,14 +308,16 @@ reid_download = command(download, show_census)
 
 # %% ../nbs/01_dataset.ipynb #7b7edb25
 Person = namedtuple('Person', 'track box conf')  # int, float32[4] x1,y1,x2,y2 in pixels, float 0..1
-PEOPLE = set('person people pedestrian human man woman child'.split())
-PEOPLE |= {'fall', 'normal'}  # of detectors that look for people who have fallen
+PEOPLE = 'person,people,pedestrian,human,man,woman,child'
 
 @lru_cache(1)   # loaded once, however many clips follow
 def yolo_boxes(
-    weights:str, # An Ultralytics model, by path or by a name such as `yolo11n.pt` (downloaded)
+    weights:str, # An Ultralytics model, by path or by a name such as `yolo11n.pt` (downloaded), and behind `::` the
+                 # names of its classes that are people, with commas between, where they are not among `PEOPLE`
 ): # Function: RGB frame -> float32[n,6]: x1,y1,x2,y2, confidence, class; `BadInput` for bad weights
     "A detector of people. A `.pt` file is a pickle: take it from nobody but its makers."
+    weights, _, names = weights.partition('::')
+    wanted = set((names or PEOPLE).lower().split(','))
     if os.sep in weights and not os.path.isfile(weights): raise BadInput(f'{weights}: no such file')
     os.environ.setdefault('YOLO_AUTOINSTALL', 'False')
     os.environ.setdefault('YOLO_VERBOSE', 'False')
@@ -325,8 +326,9 @@ def yolo_boxes(
         model = YOLO(weights, task='detect')
         names = model.names
     except Exception as e: raise BadInput(f'{weights}: Ultralytics cannot load it: {e}') from None
-    keep = [k for k, name in names.items() if name.lower() in PEOPLE]
-    if not keep: raise BadInput(f'{weights}: finds {sorted(names.values())}, and no people')
+    keep = [k for k, name in names.items() if name.lower() in wanted]
+    if not keep: raise BadInput(f'{weights}: finds {sorted(names.values())}, and no people: name the classes that are '
+                                f'people, such as {Path(weights).name}::{next(iter(names.values()), "person")}')
     def boxes(rgb):
         found = model.predict(rgb[..., ::-1], classes=keep, conf=.1, verbose=False)[0]
         return found.boxes.data.cpu().numpy().astype(np.float32)
@@ -354,6 +356,16 @@ def median_frame(
     if not kept: raise BadInput('no frame in this part of the video: choose another start and stop')
     return np.median(kept, 0).astype(np.uint8)
 
+def frames_around(
+    video, # Path of a video file
+    start:int, # A frame
+    keep:int=100, # At most so many, evenly spread
+): # Yields as `read_frames`
+    "Frames to make a background of: from 1,000 before `start` to 2,000 after it."
+    around, step = range(max(0, start - 1000), min(count_frames(video), start + 2000)), 1
+    while len(around[::step]) >= keep: step *= 2
+    return read_frames(video, around[::step])
+
 # %% ../nbs/01_dataset.ipynb #69b57217
 def motion_boxes(
     background:np.ndarray, # From `median_frame`
@@ -374,9 +386,14 @@ def motion_boxes(
     return boxes
 
 # %% ../nbs/01_dataset.ipynb #f5c6df07
+def weights_from_anywhere(weights):
+    "The same weights, by a path that holds in every folder"
+    file, mark, names = weights.partition('::')
+    return (os.path.abspath(file) if os.path.exists(file) else file) + mark + names
+
 def detect_people(
     video, # Path of a video file
-    weights:str='motion', # Ultralytics weights (path, name), or 'motion' for a fixed camera
+    weights:str='motion', # 'motion' for a fixed camera, or Ultralytics weights, see `yolo_boxes`
     start:int=0, # First frame
     stop:int=None, # Frame to stop before; the end where it is None
 ): # Yields (frame index, RGB uint8 [H,W,3], list of `Person`)
@@ -384,13 +401,12 @@ def detect_people(
     from ultralytics.engine.results import Boxes
     from ultralytics.trackers import BYTETracker
     if weights == 'motion':
-        around = islice(read_frames(video), max(0, start - 1000), start + 2000)
-        find = motion_boxes(median_frame(rgb for _, rgb in around))
+        find = motion_boxes(median_frame(rgb for _, rgb in frames_around(video, start)))
     else: find = yolo_boxes(weights)
     tracker = BYTETracker(SimpleNamespace(
         track_high_thresh=.25, track_low_thresh=.1, new_track_thresh=.25,
         track_buffer=30, match_thresh=.8, fuse_score=True))
-    for i, rgb in islice(read_frames(video), start, stop):
+    for i, rgb in frames_between(video, start, stop):
         boxes = find(rgb)
         tracks = tracker.update(Boxes(boxes, rgb.shape[:2]), rgb[..., ::-1])
         yield i, rgb, [Person(int(t[4]), boxes[int(t[-1]), :4], float(t[5])) for t in tracks]
@@ -436,7 +452,7 @@ def detect(
     engine:str='local', # 'ray': on the machines of a Ray cluster, which share the folders
 )->list: # The pickles written now; `BadInput`, at the end, when there were broken videos
     "Find the people in the videos that have no detections yet."
-    if os.path.exists(weights): weights = os.path.abspath(weights)
+    weights = weights_from_anywhere(weights)
     todo = [(path, Path(dest)/f'{name.stem}.pkl') for name, path in find_videos(videos).items()]
     todo = [(path, pkl, weights, every) for path, pkl in todo if not pkl.exists()]
     written, failed = spread(detect_video, todo, workers, engine, 'detect')

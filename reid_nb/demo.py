@@ -508,8 +508,11 @@ def gallery_tab(gr, desk):
         names, merged = desk.names(), desk.merged()
         return gr.Radio(names), gr.Dropdown(names), gr.Dropdown(merged), desk.people(), desk.history()
     lists = dict(fn=look, outputs=[chosen, into, out_of, table, log], show_progress='hidden', **PRIVATE)
-    empty = dict(fn=None, outputs=[chosen, into, out_of, to, sure], **PRIVATE,
-                 js="() => [null, null, null, '', false]")
+    # A field in a closed accordion is not there yet. What is sent to it is kept, and comes when the accordion has been
+    # opened: after the first words that somebody types there. So only what is full is emptied.
+    fields = [chosen, into, out_of, to, sure]
+    empty = dict(fn=None, inputs=fields, outputs=fields, **PRIVATE,
+                 js="(...all) => all.map((x, i) => x ? [null, null, null, '', false][i] : undefined)")
     tab.select(**empty)
     tab.select(None, None, out, js="() => ''", **PRIVATE)
     tab.select(**lists)

@@ -7,9 +7,9 @@ __all__ = ['RERANK_LIMIT', 'TARGETS', 'FPIR', 'NO_GROUPS', 'PLAIN', 'full_name',
            'draw_people', 'interval', 'bootstrap', 'compare', 'average_queries', 'expand_queries', 'check_rerank',
            'rerank_distances', 'rank_with', 'rates', 'auc_eer', 'pair_figures', 'histograms', 'split_people', 'part_of',
            'threshold_at', 'operating_points', 'say_threshold', 'best_answers', 'missed', 'open_set', 'some_of_each',
-           'identification_rate', 'plot_rates', 'summarize', 'write_json', 'read_thresholds', 'keep_thresholds',
-           'drift', 'check_drift', 'features_of', 'check_options', 'evaluate', 'plot_roc', 'plot_scores', 'rank_lists',
-           'camera_matrix', 'embedding_map', 'reid_evaluate']
+           'identification_rate', 'plot_rates', 'summarize', 'write_json', 'thresholds_path', 'read_thresholds',
+           'keep_thresholds', 'drift', 'check_drift', 'features_of', 'check_options', 'evaluate', 'calibrate',
+           'plot_roc', 'plot_scores', 'rank_lists', 'camera_matrix', 'embedding_map', 'reid_evaluate', 'reid_calibrate']
 
 # %% ../nbs/06_evaluate.ipynb #acd54af3
 import json, warnings, zipfile
@@ -443,21 +443,29 @@ def write_json(path, content):
     "Write JSON, whole or not at all"
     with atomic_write(path, encoding='utf-8') as f: json.dump(content, f, indent=1)
 
+def thresholds_path(ckpt): return Path(ckpt).with_suffix('.thresholds.json')
+
 def read_thresholds(
     ckpt, # A checkpoint
-)->dict: # What is in `<checkpoint>.thresholds.json`; {} where that is not of this very checkpoint
+)->dict: # What is in `<checkpoint>.thresholds.json`; {} where there is none; raises `BadInput` for a damaged
+         # file, and for one that is of other weights
     "Thresholds that have been chosen for a checkpoint."
-    path = Path(ckpt).with_suffix('.thresholds.json')
-    try: known = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError): return {}
-    return known if known.get('checkpoint_digest') == sha256(ckpt) else {}
+    path, again = thresholds_path(ckpt), f'reid_calibrate {ckpt} --data ROOT measures them anew'
+    try:
+        known = json.loads(path.read_text(encoding='utf-8'))
+        digest, floats = known['checkpoint_digest'], [float(t['high']) for t in known['thresholds'].values()]
+    except FileNotFoundError: return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise BadInput(f'{path}: damaged ({e!r}): {again}') from None
+    if not np.isfinite(floats).all(): raise BadInput(f'{path}: damaged (not a number in it): {again}')
+    if digest != sha256(ckpt): raise BadInput(f'{path}: of another checkpoint: {again}')
+    return known
 
 def keep_thresholds(ckpt, result):
     "Write the thresholds of a checkpoint, and the impostor scores that they were chosen on"
     keys = 'protocol', 'data_digest', 'checkpoint_digest', 'seed', 'thresholds'
     impostor = {k: result['scores'][k] for k in ('edges', 'impostor')}
-    path = Path(ckpt).with_suffix('.thresholds.json')
-    write_json(path, {k: result[k] for k in keys} | dict(scores=impostor))
+    write_json(thresholds_path(ckpt), {k: result[k] for k in keys} | dict(scores=impostor))
 
 # %% ../nbs/06_evaluate.ipynb #c05b39d1
 def drift(
@@ -533,6 +541,7 @@ def evaluate(
     if not (ckpt or features):
         from reid_nb.small_model import SMALL
         ckpt = SMALL
+    known = read_thresholds(ckpt) if ckpt and not options else {}
     benchmark, source = read_benchmark(protocol, data), ckpt or features
     if not (benchmark.query and benchmark.gallery):
         raise BadInput(f'{data}: no pictures in query or in bounding_box_test: nothing to evaluate')
@@ -554,11 +563,26 @@ def evaluate(
     if against:
         other = dict(source=Path(against).name, checkpoint_digest=sha256(against))
         result['comparison'] |= other
-    if ckpt and not options:
-        known = read_thresholds(ckpt)
-        if not known: keep_thresholds(ckpt, result)
-        elif said := check_drift(known, benchmark, qf, gf): result['drift'] = said
+    if known and (said := check_drift(known, benchmark, qf, gf)): result['drift'] = said
     if out: write_json(out, result)
+    return result
+
+# %% ../nbs/06_evaluate.ipynb #5b2fe337
+def calibrate(
+    ckpt=None, # A checkpoint (`.safetensors`); None: the small model of lesson 05b
+    data='.', # The set's folder, or one that holds it
+    protocol:str='market_folder', # A key of `PROTOCOLS`
+    seed:int=0, # Of the split and of the draws
+)->dict: # The result of the evaluation; raises `BadInput`, also where there are too few people
+    "Measure the thresholds that decide who is recognised, and write them beside the checkpoint."
+    if not ckpt:
+        from reid_nb.small_model import SMALL
+        ckpt = SMALL
+    benchmark = read_benchmark(protocol, data)
+    result = summarize(benchmark, *features_of(benchmark, ckpt), seed)
+    result |= dict(source=Path(ckpt).name, checkpoint_digest=sha256(ckpt))
+    if not result['thresholds']: raise BadInput(f'{data}: too few people to choose thresholds from: four at least')
+    keep_thresholds(ckpt, result)
     return result
 
 # %% ../nbs/06_evaluate.ipynb #0623e662
@@ -717,3 +741,16 @@ def reid_evaluate(
         import matplotlib
         matplotlib.use('agg', force=False)
         with atomic_write(Path(out).with_suffix('.png'), 'wb') as f: plot_roc(r).savefig(f, dpi=150)
+
+# %% ../nbs/06_evaluate.ipynb #50e536fd
+@partial(command, word='ckpt')
+def reid_calibrate(
+    ckpt:str=None, # A .safetensors file; default the small model of lesson 05b
+    data:str='.', # The set's folder, or one that holds it
+    protocol:str='market_folder', # Name of the protocol, such as market1501
+    seed:int=0, # Of the split and of the draws
+):
+    "Measure the thresholds that decide who is recognised, and write them beside the checkpoint."
+    r = calibrate(ckpt, data, protocol, seed)
+    print(f"{r['source']} on {r['protocol']}, {r['identities']:,} people, data {r['data_digest'][:16]}:")
+    for target, p in r['thresholds'].items(): print(say_threshold(target, p))

@@ -357,6 +357,7 @@ def finetune(
     if init: transfer_weights(backbone, init, partial)
     model = ReidModel(backbone, classes, **{k: getattr(rec, k) for k in MODEL})
     model = model.to(device, memory_format=torch.channels_last)
+    precision = session.settle_precision(device, precision)
     trainer = Trainer(TrainData(classes), model, rec, mean, std, device, precision)
     session.resume(**trainer.parts)
     images = TrainImages(train, size, rec, tuple(255*m for m in mean), seed)
@@ -448,7 +449,7 @@ def reid_finetune(
     recipe:str='bot', # ide, trip, bot, sbs or mgn
     init:str=None, # Weights to begin with: from reid_pretrain, or a published file; default random
     out:str='finetune', # Folder of the result
-    arch:str=None, # resnet10, resnet18, resnet50, each also with _ibn, or osnet_x0_25 ...; default that of --init
+    arch:str=None, # resnet10_x0_5, resnet10, resnet18, resnet50 (all also with _ibn), osnet_x0_25 ...; default --init's
     epochs:int=None, # Passes over the images; default the recipe's
     minutes:float=None, # Stop this session after so long; the same command goes on
     labels:float=1., # Share of the identities to learn from

@@ -6,7 +6,7 @@
 __all__ = ['DIED', 'spell', 'command', 'check_engine', 'on_ray', 'follow_parent', 'spread', 'fail_together']
 
 # %% ../nbs/00c_jobs.ipynb #86cf4510
-import argparse, inspect, multiprocessing, os, signal, sqlite3, sys, threading
+import argparse, inspect, multiprocessing, os, signal, sqlite3, sys, threading, traceback
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import wraps
 from pathlib import Path
@@ -39,20 +39,25 @@ def command(
         where = caller.f_code.co_name, caller.f_globals['__name__'], '__file__' in caller.f_globals
         if args or kwargs or where != ('<module>', '__main__', True): return f(*args, **kwargs)
         parser = anno_parser(f, prog=name)
+        for a in [a for a in parser._actions if a.dest in ('pdb', 'xtra')]:  # fastcore's own, of no use here
+            parser._handle_conflict_resolve(None, [(o, a) for o in a.option_strings])
         if word: parser.add_argument(word, nargs='?', default=argparse.SUPPRESS,
                                      help=f'the same as --{word}')
         # fastcore 2 writes the types in parentheses, which argparse breaks a long usage line at
         for a in parser._actions: a.metavar = a.metavar and a.metavar.strip('()')
         given = vars(parser.parse_args([spell(parser, w) for w in sys.argv[1:]]))
         try:
-            result = f(**{k: v for k, v in given.items() if k not in ('pdb', 'xtra')})
+            result = f(**given)
             if show: print(show(result))
-        except (BadInput, OSError, sqlite3.Error, lmdb.Error) as e:
-            print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr)
-            sys.exit(2)
         except KeyboardInterrupt:
             print(f'{name}: stopped; the same command goes on from here', file=sys.stderr)
             sys.exit(130)
+        except Exception as e:
+            if os.environ.get('REID_DEBUG'): traceback.print_exc()
+            ours = '' if isinstance(e, (BadInput, OSError, sqlite3.Error, lmdb.Error)) else (
+                f'a fault of {f.__module__}, REID_DEBUG=1 shows where: {type(e).__name__}: ')
+            print(f'{name}: {ours}{" ".join(str(e).split())}', file=sys.stderr)
+            sys.exit(2)
     return _f
 
 # %% ../nbs/00c_jobs.ipynb #25ee788f

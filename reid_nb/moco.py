@@ -31,7 +31,7 @@ from .dataset import BadInput, command
 from .sessions import Session, outcome, team
 from .toy_city import rng_of
 from .views import (AUGMENTS, Augment, ViewPairs, ahead, autocast, choose, crop_batches, pack_pairs,
-                           parse_size, pick_device, pick_precision, render, render_exact, render_pairs, to_input)
+                           parse_size, pick_device, render, render_exact, render_pairs, to_input)
 
 # %% ../nbs/04_moco.ipynb #8d3380a3
 def contrast(
@@ -376,7 +376,7 @@ def pretrain(
     if session.finished: return session.result
 
     torch.manual_seed(seed)
-    precision = pick_precision(device, precision)
+    precision = session.settle_precision(device, precision)
     keep = queue_batches(n, batch, queue, crops_a_walk(crops.store.tracks[crops.idx]))
     moco = MoCo(build_backbone(arch), batch*keep, m=m, tau=tau, bn=bn)
     moco = moco.to(device, memory_format=torch.channels_last).train()
@@ -412,7 +412,7 @@ def pretrain(
 def reid_pretrain(
     store:str, # LMDB file of crops, from reid_pack
     out:str='moco', # Folder of the result
-    arch:str='resnet10', # resnet10, resnet18, resnet50, each also with _ibn, or osnet_x0_25 ...
+    arch:str='resnet10', # resnet10_x0_5, resnet10, resnet18, resnet50, each also with _ibn, or osnet_x0_25 ...
     epochs:int=20, # Passes over the store; the schedule is planned for them
     minutes:float=None, # Stop this session after so long; the same command goes on
     steps:int=None, # Stop this session after so many steps; the same command goes on

@@ -223,7 +223,7 @@ def load_matcher(
     ckpt = ckpt or SMALL
     (model, meta), known = load_model(ckpt), read_thresholds(ckpt)
     if not known.get('thresholds'):
-        raise BadInput(f'{ckpt}: no thresholds for it beside it: reid_evaluate makes them')
+        raise BadInput(f'{ckpt}: no thresholds for it beside it: reid_calibrate measures them')
     return Matcher(lambda crops: embed(model, meta, crops), sha256(ckpt), known['thresholds'])
 
 # %% ../nbs/06b_people.ipynb #353e1514

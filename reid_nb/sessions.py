@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from .dataset import BadInput
 from .toy_city import atomic_write, rng_of
+from .views import has_bf16, pick_precision
 
 # %% ../nbs/03c_sessions.ipynb #a006f31c
 def save_checkpoint(
@@ -117,7 +118,7 @@ class Session:
         self.settings,self.save_every,self.watch = json.loads(json.dumps(settings)),save_every,watch
         self.end = time.monotonic() + 60*minutes if minutes is not None else math.inf
         self.limit = steps if steps is not None else math.inf
-        self.step,self.history,self.sums,self.now,self.parts = 0,[],{},{},{}
+        self.step,self.history,self.sums,self.now,self.parts,self.precision = 0,[],{},{},{},None
         self.rank,self.world = team()
 
     def check(self, path, meta):
@@ -144,7 +145,8 @@ def save(self:Session):
     tensors = {f'{n}.{k}': v for n,p in self.parts.items() for k,v in to_tensors(p).items()}
     tensors |= {f'dice.{k}': v for k,v in dice_state().items()}
     sums = {k: float(v) for k,v in self.sums.items()}
-    meta = dict(settings=self.settings, step=self.step, history=self.history, sums=sums)
+    meta = dict(settings=self.settings, precision=self.precision, step=self.step,
+                history=self.history, sums=sums)
     if self.state.exists(): os.replace(self.state, self.before)
     save_checkpoint(self.state, tensors, meta)
 
@@ -174,6 +176,23 @@ def resume(self:Session,
     set_dice(take('dice'))
     self.step,self.history,self.sums = meta['step'],meta['history'],meta['sums']
     self.limit += self.step
+
+# %% ../nbs/03c_sessions.ipynb #fe8b1094
+@patch
+def settle_precision(self:Session,
+    device, # From `pick_device`
+    asked:str=None, # One of `PRECISIONS`; None: what the session began in, or what `pick_precision` says
+)->str: # One of `PRECISIONS`; raises `BadInput` for an unknown one
+    "Choose what to compute in, and say it."
+    was = (self.load() or ({},{}))[1].get('precision')
+    able = was=='fp32' or was=='bf16' and has_bf16(device) or was=='fp16' and device.type=='cuda'
+    self.precision = pick_precision(device, asked or (was if able else None))
+    if self.rank: return self.precision
+    print(f'{self.result.stem}: computing in {self.precision} on {device}'
+          + (f', begun in {was}' if was not in (None, self.precision) else ''), file=sys.stderr)
+    if self.precision=='bf16' and not has_bf16(device):
+        print(f'warning: this {device.type} has no instructions for bf16: fp32 is many times faster', file=sys.stderr)
+    return self.precision
 
 # %% ../nbs/03c_sessions.ipynb #791b8bef
 @patch
@@ -302,7 +321,8 @@ def finish(self:Session,
 )->Path: # The result
     "Write the result; the state is needed no more when all steps are done."
     done = self.step>=total
-    meta = dict(meta, finished=done, step=self.step, settings=self.settings, history=self.history)
+    meta = dict(meta, finished=done, precision=self.precision, step=self.step, settings=self.settings,
+                history=self.history)
     if self.rank: return self.result
     save_checkpoint(self.result, tensors, meta)
     for p in (self.state, self.before) if done else ():

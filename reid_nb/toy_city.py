@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['CLOTHES', 'SKIN', 'HAIR', 'PATTERNS', 'LOGOS', 'BAGS', 'PORTO', 'NORD', 'PHASES', 'WIDTH', 'HEIGHT', 'FPS', 'CAMERAS',
-           'Sighting', 'NAMES', 'rng_of', 'City', 'Person', 'make_person', 'Sprite', 'joint', 'dark', 'draw_leg',
-           'draw_arm', 'fabric', 'draw_top', 'draw_logo', 'draw_head', 'draw_bag', 'draw_side', 'draw_front',
-           'draw_person', 'Camera', 'draw_wall', 'draw_item', 'scene', 'optics', 'expose', 'Walk', 'plan_walk', 'paste',
-           'compose', 'film', 'atomic_write', 'write_video', 'detect_boxes', 'film_video', 'crop', 'write_image',
-           'sightings', 'split_query', 'write_set', 'market_name', 'cuhk_name', 'write_labelled', 'film_clip', 'jobs',
-           'draw_city', 'build_toy']
+           'Sighting', 'HOST', 'NAMES', 'rng_of', 'City', 'Person', 'make_person', 'Sprite', 'joint', 'dark',
+           'draw_leg', 'draw_arm', 'fabric', 'draw_top', 'draw_logo', 'draw_head', 'draw_bag', 'draw_side',
+           'draw_front', 'draw_person', 'Camera', 'draw_wall', 'draw_item', 'scene', 'optics', 'expose', 'Walk',
+           'plan_walk', 'paste', 'compose', 'film', 'sweep', 'atomic_write', 'write_video', 'detect_boxes',
+           'film_video', 'crop', 'write_image', 'sightings', 'split_query', 'write_set', 'market_name', 'cuhk_name',
+           'write_labelled', 'film_clip', 'jobs', 'draw_city', 'build_toy']
 
 # %% ../nbs/00_toy_city.ipynb #03cfa8c8
-import io, json, math, os, pickle, shutil, zlib
+import io, json, math, os, pickle, re, shutil, socket, time, zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+import psutil
 from filelock import FileLock
 from tqdm.auto import tqdm
 
@@ -446,6 +447,19 @@ def film(
         yield i,expose(cam, frame, rng_of('noise', seed, cam.stem, i)),seen
 
 # %% ../nbs/00_toy_city.ipynb #f62f97ef
+HOST = socket.gethostname()
+
+def sweep(
+    folder, # `Path`
+):
+    "Remove what writers left in `folder` that were killed: a name holds the number of its process."
+    for f in folder.glob('.*@*.tmp'):
+        if not (of := re.fullmatch(r'\..+\.(\d+)@(.+)\.tmp', f.name)): continue
+        with suppress(FileNotFoundError):   # another process sweeps as well
+            lives = (psutil.pid_exists(int(of[1])) if of[2] == HOST
+                     else time.time() - f.stat().st_mtime < 86400)   # of another machine we know only the age
+            if not lives: f.unlink()
+
 @contextmanager
 def atomic_write(
     path, # File to make
@@ -455,13 +469,16 @@ def atomic_write(
     "Write a file that appears under its name only when it is complete."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    sweep(path.parent)
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}@{HOST}.tmp')
     try:
         with open(tmp, mode, **kw) as f:
             yield f
             f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
-    except OSError as e: raise OSError(e.errno, e.strerror, e.filename or str(path)) from None
+    except OSError as e:
+        if e.errno is None or e.filename: raise
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_toy_city.ipynb #aef0a937
@@ -635,16 +652,17 @@ def jobs(root, seed, n_street, n_train, n_test):
 # %% ../nbs/00_toy_city.ipynb #0b0271ab
 def draw_city(root, work, progress):
     "Do all `work`, several pieces at a time, and write the lists of clips and videos"
-    clips = {}
-    cv2.setNumThreads(1)
+    clips, threads = {}, cv2.getNumThreads()
+    cv2.setNumThreads(1)  # the pieces are drawn side by side
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = [(label, pool.submit(f)) for label,f in work]
         try:
             for label,f in tqdm(done, desc='toy city', disable=not progress):
                 if f.result() and label == 'clip': clips.__setitem__(*f.result())
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
+            cv2.setNumThreads(threads)
+            draw_person.cache_clear()  # some 400 MB of sprites
     with atomic_write(root/'clips'/'clips.json') as f: json.dump(clips, f)
     with atomic_write(root/'vnames.txt') as f: f.writelines(f'{c.stem}\n' for c in CAMERAS)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Packet', 'PROBE', 'BadInput', 'decode', 'upright', 'slice_heads', 'list_packets', 'plan', 'by_plan', 'pick_frames',
-           'read_frames']
+           'read_frames', 'count_frames', 'frames_between']
 
 # %% ../nbs/00b_video.ipynb #94513f05
 from collections import namedtuple
@@ -137,3 +137,22 @@ def read_frames(
         for i, frame in frames: yield i, upright(frame, reformatter)
     except av.FFmpegError as e:
         raise BadInput(f'{video}: broken video ({e.strerror}): fetch it again') from None
+
+def count_frames(
+    video, # Path of a video file
+)->int: # Packets with pictures in them; `BadInput` when the file is missing or broken
+    "How many frames a video has, without decoding them."
+    if not Path(video).is_file(): raise BadInput(f'{video}: no such video file')
+    try:
+        with av.open(str(video)) as f: return sum(p.size > 0 for p in f.demux(video=0)) if f.streams.video else 0
+    except av.FFmpegError as e:
+        raise BadInput(f'{video}: broken video ({e.strerror}): fetch it again') from None
+
+def frames_between(
+    video, # Path of a video file
+    start:int=0, # First frame
+    stop:int=None, # Frame to stop before; the end where it is None
+): # Yields as `read_frames`
+    "A part of a video; what comes before it is skipped as far as the codec allows."
+    if start <= 0: yield from islice(read_frames(video), stop)
+    else: yield from read_frames(video, range(start, count_frames(video) if stop is None else stop))

@@ -3,7 +3,6 @@ import os
 import shutil
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from reid_nb import demo, people
 from reid_nb.biometrics import enroll
-from reid_nb.evaluate import evaluate
+from reid_nb.evaluate import calibrate
 from reid_nb.finetune import finetune
 
 SHOTS = Path(os.environ.get('REID_SCREENSHOTS', ROOT/'nbs'/'_run'/'screenshots'))
@@ -32,7 +31,7 @@ def browser():
 def network(toy):
     "The network of the lessons, with its thresholds."
     ckpt = finetune(toy/'market', out=ROOT/'nbs'/'_run'/'checkpoint', arch='resnet10', epochs=40, size=(96, 48))
-    evaluate(ckpt, toy/'market')
+    calibrate(ckpt, toy/'market')
     return ckpt
 
 @pytest.fixture
@@ -47,7 +46,7 @@ class Visitor:
     "Someone at a page: finds things by what is written on them."
     def __init__(self, browser, url, size='desktop', **kw):
         self.size, self.page = size, browser.new_page(viewport=SIZES[size], **kw)
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(300_000)
         self.errors = []
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
         self.page.goto(url)
@@ -172,14 +171,14 @@ def choose(v, label, name):
     v.panel.get_by_label(label).click()
     v.page.get_by_role('option', name=name, exact=True).click()
 
-def insist(v, do, holds):
-    "Do it again where it was lost, and warn. Seen once, on a busy machine, in a part just opened; why is not known."
-    for _ in range(20):
-        do()
-        v.page.wait_for_timeout(500)
-        if holds(): return
-        warnings.warn('the page has lost what was done to it')
-    raise AssertionError('the page does not keep what is done to it')
+TYPE_AT_ONCE = """text => new MutationObserver((_, observer) => {
+    const label = [...document.querySelectorAll('label')].find(x => x.textContent.trim() == 'New name')
+    const field = label && label.querySelector('input, textarea')
+    if (!field) return
+    observer.disconnect()
+    Object.getOwnPropertyDescriptor(Object.getPrototypeOf(field), 'value').set.call(field, text)
+    field.dispatchEvent(new Event('input', {bubbles: true}))
+}).observe(document.body, {childList: true, subtree: true})"""
 
 @pytest.mark.long
 def test_a_late_list_undoes_no_choice(browser, site, network, toy, monkeypatch):
@@ -194,17 +193,20 @@ def test_a_late_list_undoes_no_choice(browser, site, network, toy, monkeypatch):
     enroll('Bruno', toy/'clips'/'bruno_c1.mp4', gallery, network)
     monkeypatch.setattr(demo.Desk, 'people', lambda self: come.wait(60) and people_now(self))
     v.tab('Gallery')
-    insist(v, ada.check, ada.is_checked)
+    ada.check()
+    v.page.evaluate(TYPE_AT_ONCE, 'Ada B')     # nobody types faster: in the very moment in which the field is there
     v.panel.get_by_text('Another name', exact=True).click()
-    insist(v, lambda: new_name.fill('Ada B'), lambda: new_name.input_value() == 'Ada B')
+    new_name.wait_for()
+    v.page.wait_for_timeout(500)
+    assert ada.is_checked() and new_name.input_value() == 'Ada B'
     assert v.panel.get_by_label('Bruno').count() == 0
     come.set()
     v.panel.get_by_label('Bruno').wait_for()
     assert ada.is_checked() and new_name.input_value() == 'Ada B'
     v.tab('Enrollment')
     v.tab('Gallery')
-    expect(ada).not_to_be_checked(timeout=30_000)
-    expect(new_name).to_have_value('', timeout=30_000)
+    expect(ada).not_to_be_checked(timeout=300_000)
+    expect(new_name).to_have_value('', timeout=300_000)
 
 @pytest.mark.long
 def test_a_visit_by_phone(browser, site):

@@ -215,6 +215,15 @@ def test_packing_again_changes_nothing(crops, store):
     before = os.stat(store.path).st_mtime_ns
     assert pack(crops, store.path).digest == store.digest and os.stat(store.path).st_mtime_ns == before
 
+def test_boxes_are_those_of_the_latest_extraction(crops, tmp_path):
+    "Packed, extracted again with other detections, packed again, all in one process."
+    shutil.copytree(crops, tmp_path/'crops')
+    note = next(iter((tmp_path/'crops').glob('*/*/*/*.jpg'))).parent/'counts.json'
+    for k in (1, 2):
+        note.write_text(json.dumps(dict(places={p.stem: [k, k, k+9, k+9] for p in note.parent.glob('*.jpg')})))
+        boxes = pack(tmp_path/'crops', tmp_path/f'{k}.lmdb').boxes
+        assert [k, k, k+9, k+9] in boxes.tolist()
+
 def test_a_store_made_anew_is_seen(crops, tmp_path):
     path = tmp_path/'s.lmdb'
     (tmp_path/'one').mkdir()
@@ -287,7 +296,7 @@ def test_a_store_travels(store, how):
     results = ctx.Queue()
     child = ctx.Process(target=read, args=(store, 17, results))
     child.start()
-    assert results.get(timeout=60) == store[17]
+    assert results.get(timeout=600) == store[17]
     child.join()
     assert len(pickle.dumps(store)) < 500 and store[18]
 

@@ -184,12 +184,14 @@ def test_a_full_disk(toy, colors, tiny_disk, run):
     assert list(tiny_disk.iterdir()) == [tiny_disk/'full'] and done.stdout == ''
 
 def test_a_checkpoint(toy, tmp_path, run):
-    "A network for an instant: its thresholds stay those of its first evaluation, and its features score the same"
+    "A network for an instant: evaluation writes no thresholds, calibration does, and its features score the same"
     from reid_nb.finetune import finetune
     ckpt = finetune(toy/'market', out=tmp_path/'ft', epochs=1, size=(64, 32), labels=.5)
-    here = evaluate(ckpt, toy/'market')
+    path, here = tmp_path/'ft'/'reid.thresholds.json', evaluate(ckpt, toy/'market')
+    assert not path.exists()
+    done = run('reid_calibrate', ckpt, '--data', toy/'market')
+    assert done.returncode == 0 and 'FMR 0.01' in done.stdout, done.stderr
     evaluate(ckpt, toy, 'cuhk03_np_labeled')
-    path = tmp_path/'ft'/'reid.thresholds.json'
     kept = json.loads(path.read_text())
     assert kept.pop('scores') == {k: here['scores'][k] for k in ('edges', 'impostor')}
     assert kept == {k: here[k] for k in ('protocol', 'data_digest', 'checkpoint_digest', 'seed', 'thresholds')}
@@ -225,6 +227,20 @@ def old_and_moved_thresholds(toy, ckpt, path, kept, here):
         assert words is None or words in evaluate(ckpt, toy, 'cuhk03_np_labeled')['drift']
         if words is None: assert 'drift' not in evaluate(ckpt, toy, 'cuhk03_np_labeled')
         assert evaluate(ckpt, toy/'market') == here and json.loads(path.read_text()) == kept | scores
+
+@pytest.mark.parametrize('text, words', [('', 'damaged'), ('{"thresholds": {}', 'damaged'), ('[1, 2]', 'damaged'),
+    ('{"checkpoint_digest": "0", "thresholds": {}}', 'of another'),
+    ('{"checkpoint_digest": "0", "thresholds": {"0.01": {"high": NaN}}}', 'damaged')])
+def test_thresholds_that_cannot_be_trusted_are_refused(toy, tmp_path, run, text, words):
+    "Neither evaluation nor recognition goes on without them, and neither mends them."
+    from reid_nb.biometrics import load_matcher
+    from reid_nb.small_model import SMALL
+    ckpt, path = tmp_path/'a.safetensors', tmp_path/'a.thresholds.json'
+    ckpt.write_bytes(SMALL.read_bytes())
+    path.write_text(text)
+    for f in (lambda: evaluate(ckpt, toy/'market'), lambda: load_matcher(ckpt)):
+        with pytest.raises(BadInput, match=f'{words}.*reid_calibrate'): f()
+    assert path.read_text() == text
 
 def random_benchmark(seed, people=6, cameras=3, q=15, g=40, d=8):
     "Queries and gallery of random people in random cameras, pid 0 in the gallery too, and their features"

@@ -19,24 +19,9 @@ from reid_nb.dataset import BadInput
 from reid_nb.finetune import (RECIPES, MarketFolder, TrainImages, change_recipe, embed, finetune, load_model,
                               pk_batches, score, take_labels, training_set)
 from reid_nb.sessions import load_checkpoint, save_checkpoint
-from reid_nb.toy_city import rng_of
 from reid_nb.transfer import read_weights, transfer_weights
 
 FAST = dict(arch='osnet_x0_25', epochs=3, batch=16, size=(64,32), device='cpu')
-
-@pytest.fixture(scope='module')
-def market(tmp_path_factory):
-    "A Market-style folder: 8 identities, each a colour, 6 images each."
-    root = tmp_path_factory.mktemp('market')
-    for part,pids in dict(bounding_box_train=range(1,9), query=range(11,15), bounding_box_test=range(11,15)).items():
-        (root/part).mkdir()
-        for pid in pids:
-            for i in range(6):
-                img = rng_of(part, pid, i).integers(0, 99, (64,32,3), np.uint8)
-                img += rng_of(pid).integers(0, 150, 3, np.uint8)
-                cam = 1 if part=='query' else 2+i%2
-                cv2.imwrite(str(root/part/f'{pid:04d}_c{cam}s1_{i:06d}_00.jpg'), img)
-    return root
 
 @pytest.fixture(scope='module')
 def donor(): return build_backbone('resnet10').state_dict()
@@ -355,8 +340,8 @@ def test_read_weights_says_what_is_missing(tmp_path):
 def test_real_people(run, data, tmp_path):
     "One epoch on CUHK03's first camera pair: the figures rise above chance on people never seen."
     root = data/'cuhk03_p1'
-    p = run('reid_finetune', root, '--epochs', 1, '--batch', 32, '--size', '128x64', '--arch', 'resnet10',
-            '--out', tmp_path)
+    p = run('reid_finetune', root, '--epochs', 1, '--batch', 32, '--size', '96x48', '--arch', 'resnet10_x0_5',
+            '--change', 'lr=2e-3 drops=() cosine=(.1,1e-6) start=.1', '--out', tmp_path)
     assert p.returncode==0, p.stderr
     bench,(model,meta) = read_benchmark('cuhk03_p1', root),load_model(tmp_path/'reid.safetensors')
     scores = rank(bench, *[embed(model, meta, [s.path for s in part]) for part in (bench.query, bench.gallery)])

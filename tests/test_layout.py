@@ -1,9 +1,12 @@
 "The tree is what the notebooks say: modules exported, notebooks cleaned, README made, code linted, lessons whole."
+import ast
 import json
 import re
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,17 @@ def test_rooms_look_only_down():
     for module, k in order.items():
         text = (ROOT/'reid_nb'/f'{module}.py').read_text(encoding='utf-8')
         assert all(order[m] < k for m in re.findall(r'^\s*from (?:reid_nb)?\.(\w+) import', text, re.M) if m in order)
+
+def test_what_is_imported_is_declared():
+    "Every package that a module imports is a requirement, or one of an extra."
+    def plain(name): return re.sub(r'[-_.]+', '-', name).lower()
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT/'settings.ini', encoding='utf-8')
+    words = ' '.join(v for k, v in ini['DEFAULT'].items() if k.endswith('requirements') and k != 'dev_requirements')
+    declared = {plain(re.match(r'[\w.-]+', w)[0]) for w in words.split()}
+    trees = [ast.parse(f.read_text(encoding='utf-8')) for f in (ROOT/'reid_nb').glob('*.py')]
+    names = {a.name for t in trees for n in ast.walk(t) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for t in trees for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and not n.level}
+    tops = {name.split('.')[0] for name in names} - {*sys.stdlib_module_names, 'reid_nb', 'IPython'}
+    owners = packages_distributions()
+    assert [t for t in sorted(tops) if not {plain(d) for d in owners.get(t, [t])} & declared] == []

@@ -1,9 +1,17 @@
 "The sessions room: checkpoint files, states that are cut or belong to others, dice that come back."
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 
 from reid_nb.dataset import BadInput
 from reid_nb.sessions import Session, load_checkpoint, save_checkpoint
+from reid_nb.toy_city import HOST
 
 def test_checkpoint_files(tmp_path):
     path = save_checkpoint(tmp_path/'a.safetensors', {'w': torch.arange(6.).view(2,3)}, {'kind':'moco'})
@@ -12,6 +20,55 @@ def test_checkpoint_files(tmp_path):
     for cut in (0, 4, 50, len(data)-1):
         path.write_bytes(data[:cut])
         with pytest.raises(BadInput): load_checkpoint(path)
+
+def test_what_a_kill_left_is_swept(tmp_path):
+    "The half-written file of a dead process goes when anything is written there again; that of a living one stays."
+    code = """if 1:
+        import os, signal, sys
+        from reid_nb.toy_city import atomic_write
+        with atomic_write(sys.argv[1]) as f:
+            f.write('half'); f.flush()
+            if sys.argv[2:]: print('writing', flush=True); sys.stdin.readline()
+            else: os.kill(os.getpid(), signal.SIGKILL)"""
+    call = [sys.executable, '-c', code, str(tmp_path/'a.safetensors')]
+    assert subprocess.run(call).returncode == -signal.SIGKILL
+    dead, = tmp_path.iterdir()
+    with subprocess.Popen([*call, 'wait'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alive:
+        assert alive.stdout.readline() == 'writing\n'
+        living, = set(tmp_path.iterdir()) - {dead}
+        elsewhere = tmp_path/dead.name.replace(HOST, 'another-host')
+        elsewhere.write_text('half')
+        save_checkpoint(tmp_path/'b.safetensors', {}, {})
+        assert {*tmp_path.iterdir()} == {living, elsewhere, tmp_path/'b.safetensors', tmp_path/'b.json'}
+        alive.stdin.close()
+        assert alive.wait() == 0
+    assert (tmp_path/'a.safetensors').read_text() == 'half' and not living.exists()
+    os.utime(elsewhere, (0, 0))     # of another machine we know only the age
+    save_checkpoint(tmp_path/'b.safetensors', {}, {})
+    assert not elsewhere.exists()
+
+def test_a_session_keeps_its_precision(tmp_path, monkeypatch, capsys):
+    "A CPU with bf16 began it, one without goes on: in what it can, and it is said."
+    cpu = torch.device('cpu')
+    for has, asked, want in ((True, None, 'bf16'), (True, 'fp32', 'fp32'), (True, None, 'fp32'), (False, None, 'fp32'),
+                             (False, 'bf16', 'bf16'), (False, None, 'fp32')):
+        monkeypatch.setattr('reid_nb.views.has_bf16', lambda device: has)
+        monkeypatch.setattr('reid_nb.sessions.has_bf16', lambda device: has)
+        s = Session(tmp_path, 'toy', {})
+        assert s.settle_precision(cpu, asked) == want
+        assert f'computing in {want}' in (said := capsys.readouterr().err)
+        assert ('no instructions for bf16' in said) == (want == 'bf16' and not has)
+        s.resume(); s.save()
+    assert 'begun in bf16' in said and load_checkpoint(s.state)[1]['precision'] == 'fp32'
+
+def test_random_states_come_back(tmp_path):
+    "Whoever goes on draws what an uninterrupted training would have drawn: PyTorch, NumPy, Python."
+    def draw(): return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
+    training(tmp_path, 1).save()
+    want = draw()
+    torch.manual_seed(7); np.random.seed(7); random.seed(7)
+    training(tmp_path, 1)
+    assert draw() == want
 
 def test_session_refuses_the_state_of_others(tmp_path):
     save_checkpoint(tmp_path/'moco.session.safetensors', {}, {'settings': {'arch':'resnet50'}, 'step': 3})
