@@ -1,1 +1,8 @@
 __version__ = "0.1.0"
+
+# PyTorch's threads wait for each other by spinning, which starves them where another program wants a core: a short
+# spin, then sleep (tests/benchmarks/threads.py). GNU OpenMP reads this once, when it is loaded; what the user has set
+# stays.
+import os as _os
+if not {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'} & _os.environ.keys():
+    _os.environ['GOMP_SPINCOUNT'] = '1000'

@@ -15,10 +15,15 @@ DATA = Path(os.environ.get('REID_DATA', ROOT.parent/'shared'/'data'))
 def pytest_configure(config):
     config.addinivalue_line('markers', 'long: takes more than about 20 seconds on two cores')
 
+ONE_NETWORK = '06b_people', '06d_gallery', '07_biometrics', '08_demo', 'test_browser'   # train it in one folder
+FIRST = '00_toy_city', '06b_people', '05_finetune', 'test_dataset', '06_evaluate', '04_moco', 'test_quickstart'
+
 def pytest_collection_modifyitems(items):
-    "The two longest files first, each in a worker of its own."
-    first = ['test_quickstart.py', 'test_notebooks.py']
-    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+    "A file to a worker, a notebook to a worker; what takes longest begins, and what all the others need."
+    def name(item): return item.callspec.params['nb'].stem if item.path.stem == 'test_notebooks' else item.path.stem
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group('network' if name(item) in ONE_NETWORK else name(item)))
+    items.sort(key=lambda item: FIRST.index(name(item)) if name(item) in FIRST else len(FIRST))
 
 @pytest.fixture(scope='session')
 def data():
@@ -34,9 +39,28 @@ def toy():
     return build_toy(ROOT/'nbs'/'_run'/'toy')
 
 @pytest.fixture(scope='session')
+def market(tmp_path_factory):
+    "A Market-style folder: 8 identities, each a colour, 6 images each."
+    import cv2
+    import numpy as np
+    from reid_nb.toy_city import rng_of
+    root = tmp_path_factory.mktemp('market')
+    for part,pids in dict(bounding_box_train=range(1,9), query=range(11,15), bounding_box_test=range(11,15)).items():
+        (root/part).mkdir()
+        for pid in pids:
+            for i in range(6):
+                img = rng_of(part, pid, i).integers(0, 99, (64,32,3), np.uint8)
+                img += rng_of(pid).integers(0, 150, 3, np.uint8)
+                cam = 1 if part=='query' else 2+i%2
+                cv2.imwrite(str(root/part/f'{pid:04d}_c{cam}s1_{i:06d}_00.jpg'), img)
+    return root
+
+@pytest.fixture(scope='session')
 def run():
-    "Runs a console script of this interpreter: `run('reid_pack', *args, **kw)` -> its CompletedProcess, text captured."
-    def _run(name, *args, timeout=600, **kw):
+    """Runs a console script of this interpreter: `run('reid_pack', *args)` -> its CompletedProcess, text captured.
+
+    The time limit only guards against hanging: it is ten times what the slowest known machine needs, or more."""
+    def _run(name, *args, timeout=3000, **kw):
         exe = Path(sys.executable).parent/name
         return subprocess.run([exe, *map(str, args)], capture_output=True, text=True, timeout=timeout, **kw)
     return _run

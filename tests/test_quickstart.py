@@ -1,4 +1,4 @@
-"The main job from the command line: the real walk, the second walk that only reads, and what it refuses."
+"The main job from the command line: the small walk, the second walk that only reads, and what it refuses."
 import json
 import re
 import shutil
@@ -13,47 +13,65 @@ import pytest
 @pytest.fixture(scope='module')
 def walk(run, tmp_path_factory):
     dest = tmp_path_factory.mktemp('walk')/'quickstart'
-    done = run('reid_quickstart', '--dest', dest, timeout=1500)
+    done = run('reid_quickstart', '--small', '--dest', dest)
     assert done.returncode == 0, done.stderr[-2000:]
-    return dest, done.stdout
+    return dest, done
 
 @pytest.mark.long
 def test_the_walk_reports_every_door(walk):
-    dest, said = walk
-    for name in ('toy', 'download', 'extract', 'pack', 'moco', 'moco_0', 'scratch_0', 'enrol_Ada', 'ask_3', 'figures'):
+    dest, done = walk
+    for name in ('look', 'toy', 'download', 'extract', 'pack', 'moco', 'rate0', 'moco_0', 'scratch_0', 'rate0_0',
+                 'adds_rate0_market', 'calibrate', 'enrol_Ada', 'ask_3', 'roc'):
         assert (dest/'steps'/f'{name}.json').exists()
-    assert 'fine-tuned from MoCo' in said and 'colour histogram' in said and 'next: reid_demo' in said
+    for words in ('fine-tuned from MoCo', 'colour histogram', 'MoCo adds to from nothing', 'next: reid_demo'):
+        assert words in done.stdout
     page = (dest/'report.html').read_text(encoding='utf-8')
-    assert page.count('data:image/png;base64') >= 8 and not re.search(r'<script|src="http|href="http', page)
+    assert page.count('data:image/png;base64') == 9 and not re.search(r'<script|src="http|href="http|refresh', page)
 
 @pytest.mark.long
-def test_what_it_learns_beats_guessing(walk):
+def test_the_control_sees_what_moco_sees_and_learns_nothing(walk):
+    from reid_nb.sessions import load_checkpoint
     dest, _ = walk
-    for kind in ('moco', 'scratch'):
-        got = json.loads((dest/'results'/f'{kind}_0_market.json').read_text())
-        assert got['protocol'] == 'market_folder' and got['figures']['mAP']['low'] > .1   # guessing: about .03
+    (moco, a), (still, b) = [load_checkpoint(dest/k/'moco.safetensors') for k in ('moco', 'rate0')]
+    differ = [k for k, v in a['settings'].items() if b['settings'][k] != v]
+    assert set(differ) <= {'lr', 'epochs'} and b['settings']['lr'] == 0 and a['digest'] == b['digest']
+    assert moco.keys() == still.keys()
+
+@pytest.mark.long
+def test_the_bar_tells_the_minutes_from_the_start_to_the_end(walk):
+    _, done = walk
+    told = [float(m) for m in re.findall(r'the walk .*?([\d.]+) minutes left', done.stderr)]
+    assert len(told) > 10 and told[0] > .3 and told[-1] == 0
+    assert '100 %' in done.stderr.replace('\r', '\n').splitlines()[-1]
 
 @pytest.mark.long
 def test_a_second_walk_only_reads(walk, run):
     dest, _ = walk
     before = {f: f.stat().st_mtime_ns for f in dest.rglob('*') if f.suffix in ('.mp4', '.jpg', '.lmdb', '.safetensors')}
-    done = run('reid_quickstart', '--dest', dest)
+    done = run('reid_quickstart', '--small', '--dest', dest)
     steps = [line for line in done.stdout.splitlines() if line.startswith('[') and '/' in line[:5]]
     assert done.returncode == 0 and steps and all(line.endswith(': stands') for line in steps)
     assert before == {f: f.stat().st_mtime_ns for f in before}
 
 @pytest.mark.long
 def test_a_killed_walk_goes_on(tmp_path, run):
-    dest = tmp_path/'walk'
+    "And while it walks there is a page that grows, with a picture before anything long begins."
+    dest, page = tmp_path/'walk', tmp_path/'walk'/'report.html'
     exe = [Path(sys.executable).parent/'reid_quickstart', '--small', '--dest', dest]
-    with subprocess.Popen(exe, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:
-        for _ in range(600):
-            if (dest/'steps'/'extract.json').exists(): break
-            time.sleep(.1)
+    with subprocess.Popen(exe, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as p:
+        assert p.stdout.readline().strip() == f'look on while it grows: {page.absolute().as_uri()}'
+        while not (dest/'steps'/'toy.json').exists():
+            assert p.poll() is None
+            time.sleep(.05)
+        text = page.read_text(encoding='utf-8')
+        assert text.count('data:image/png') == 1 and 'refresh' in text and 'minutes left' in text
+        while not (dest/'steps'/'extract.json').exists():
+            assert p.poll() is None
+            time.sleep(.05)
         p.send_signal(signal.SIGKILL)
     done = run('reid_quickstart', '--small', '--dest', dest)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert 'people are cut out: stands' in done.stdout and (dest/'report.html').exists()
+    assert 'people are cut out: stands' in done.stdout and 'refresh' not in page.read_text(encoding='utf-8')
 
 def refused(done, words):
     lines = done.stderr.strip().splitlines()
@@ -65,8 +83,11 @@ def test_a_taken_folder_is_left_alone(tmp_path, run):
     assert [f.name for f in tmp_path.iterdir()] == ['mine.txt']
 
 def test_another_seed_needs_another_folder(tmp_path, run):
-    (tmp_path/'walk.json').write_text('{"seed": 1}')
+    (tmp_path/'walk.json').write_text(json.dumps(dict(seed=1)))
     refused(run('reid_quickstart', '--dest', tmp_path), 'other settings')
+
+def test_small_and_thorough_exclude_each_other(tmp_path, run):
+    refused(run('reid_quickstart', '--small', '--thorough', '--dest', tmp_path/'walk'), 'small or thorough')
 
 def test_a_full_disk_is_said_in_one_line(tiny_disk, run):
     done = run('reid_quickstart', '--small', '--dest', tiny_disk/'walk')

@@ -5,7 +5,8 @@
 
 DATA holds `real_city` and `cuhk03_p1`. The crops of real_city, and those of cuhk03_p1's training part under names that
 tell only the camera (with --tracks also a number that one camera's pictures of a person share), become one store; MoCo
-learns from it; each recipe trains from nothing and from MoCo, at each share of the labelled people, with each seed.
+learns from it; each recipe trains from nothing, from MoCo, and from a control, MoCo at learning rate 0, which has seen
+the same crops and learned nothing, at each share of the labelled people, with each seed.
 All are scored on cuhk03_p1's query and gallery, which nothing else looks at. Below each table stands what MoCo adds:
 the difference of the means over the seeds, with its interval over people. --init takes weights that are there already.
 
@@ -44,9 +45,10 @@ def gain(more, less):
 def print_gains(cells):
     for share in dict.fromkeys(s for _, s in cells):
         if ('moco', share) not in cells: continue
-        found = gain(cells['moco', share], cells['nothing', share])
-        print(f'{share:<8.0%}MoCo adds  ' + ', '.join(
-            f'{k} {100*v["value"]:.1f} ({100*v["low"]:.1f} to {100*v["high"]:.1f})' for k, v in found.items()))
+        for other in ('nothing', 'rate0'):
+            found = gain(cells['moco', share], cells[other, share])
+            print(f'{share:<8.0%}MoCo adds to {other:8}' + ', '.join(
+                f'{k} {100*v["value"]:.1f} ({100*v["low"]:.1f} to {100*v["high"]:.1f})' for k, v in found.items()))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,25 +74,26 @@ def main():
     print(f'{torch.cuda.get_device_name() if gpu else platform.machine()}, {os.cpu_count()} cores, '
           f'{torch.get_num_threads()} threads, torch {torch.__version__}; {args.arch} at {args.size}')
 
-    init = args.init
-    if not init:
-        make_store(args.data, args.out, read_benchmark('cuhk03_p1', args.data/'cuhk03_p1').train, args.tracks)
-        def watch(session): speed.update(session.now)
-        speed = {}
-        init = pretrain(args.out/'crops.lmdb', args.out/'moco', args.arch, args.pretrain, left(), args.batch, size,
-                        augment='street', optimizer='adamw', lr=args.lr, m=.99, queue=4, negatives='video',
-                        positives='track' if args.tracks else 'crop', compile=gpu, watch=watch)
-        meta = load_checkpoint(init)[1]
+    make_store(args.data, args.out, read_benchmark('cuhk03_p1', args.data/'cuhk03_p1').train, args.tracks)
+    speed = {}
+    def watch(session): speed.update(session.now)
+    def contrast(name, **kw):
+        return pretrain(args.out/'crops.lmdb', args.out/name, args.arch, minutes=left(), batch=args.batch, size=size,
+                        augment='street', optimizer='adamw', m=.99, queue=4, negatives='video',
+                        positives='track' if args.tracks else 'crop', compile=gpu, watch=watch, **kw)
+    control = contrast('rate0', epochs=1, lr=0.)   # batch statistics forget all but the last fifty batches
+    init = args.init or contrast('moco', epochs=args.pretrain, lr=args.lr)
+    if not args.init:
         if speed: print('MoCo: {images_a_second:,.0f} images a second, {waiting:.0%} of it waiting'.format(**speed))
-        print('MoCo:', ', '.join(f'{k} {v}' for k, v in latest(meta['history']).items()))
-        if not meta['finished']: return print(AGAIN)
+        print('MoCo:', ', '.join(f'{k} {v}' for k, v in latest(load_checkpoint(init)[1]['history']).items()))
+        if not load_checkpoint(init)[1]['finished']: return print(AGAIN)
 
     report, tables = {}, {}
     for name in args.recipes:
         recipe = change_recipe(RECIPES[name], args.change)
         if not left(): break
-        cells = controls(args.data/'cuhk03_p1', dict(nothing=None, moco=init), args.labels, args.seeds, args.out/name,
-                         protocol='cuhk03_p1', minutes=left(), recipe=recipe, arch=args.arch, size=size,
+        cells = controls(args.data/'cuhk03_p1', dict(nothing=None, rate0=control, moco=init), args.labels, args.seeds,
+                         args.out/name, protocol='cuhk03_p1', minutes=left(), recipe=recipe, arch=args.arch, size=size,
                          epochs=args.epochs)
         tables[name] = cells
         report[name] = [dict(init=i, labels=s, runs=[r.figures() for r in runs]) for (i, s), runs in cells.items()]
@@ -99,9 +102,9 @@ def main():
         print(f'\n{" ".join([name, *args.change.split()])}, cuhk03_p1, {args.seeds} seeds')
         print_controls(cells)
         print_gains(cells)
-    if sum(map(len, tables.values())) < 2*len(args.labels)*len(args.recipes): return print(AGAIN)
+    if sum(map(len, tables.values())) < 3*len(args.labels)*len(args.recipes): return print(AGAIN)
     axs = None
-    for folder in sorted(args.out.glob('*/*_1_0')):
+    for folder in sorted(args.out.glob(f'*/*_{max(args.labels):g}_0')):
         history = load_checkpoint(folder/'reid.safetensors')[1]['history']
         axs = plot_history(history, ('loss', 'accuracy'), f'{folder.parent.name}, {folder.name[:-4]}', axs)
     axs[0].legend()
