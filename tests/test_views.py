@@ -8,7 +8,7 @@ from torchvision import transforms as T
 
 from reid_nb.dataset import BadInput
 from reid_nb.toy_city import rng_of
-from reid_nb.views import (AUGMENTS, Augment, View, ahead, autocast, crop_batches, middle_box, pack_pairs,
+from reid_nb.views import (AUGMENTS, Augment, View, ahead, autocast, color_maps, crop_batches, middle_box, pack_pairs,
                            pick_precision, random_box, render, render_batch, render_exact, render_pairs, tabulate,
                            to_canvas, to_input)
 
@@ -108,3 +108,11 @@ def test_input_of_a_slice_is_that_of_a_copy():
     want = (x[:,1].permute(0,3,1,2)/255 - torch.tensor([.3,.4,.5]).view(3,1,1))/torch.tensor([.2,.2,.3]).view(3,1,1)
     assert torch.equal(a, b) and torch.allclose(a, want, atol=1e-5)
     assert a.is_contiguous(memory_format=torch.channels_last)
+
+def test_a_third_of_a_turn_makes_red_green():
+    "Hue is a fraction of the whole circle, and turns as torchvision turns it."
+    A, _ = color_maps(View((0,0,1,1), jitter=(1,1,1,1/3)))
+    assert np.allclose(A @ [1,0,0], [0,1,0], atol=1e-9) and np.allclose(A @ [.5,.5,.5], .5)
+    img = np.full((8,8,3), (200,40,40), np.uint8)
+    turned = render_exact(img, View((0,0,8,8), jitter=(1,1,1,1/3)), (8,8))[0,0]
+    assert turned.argmax() == render(img, View((0,0,8,8), jitter=(1,1,1,1/3)), (8,8))[0,0].argmax() == 1

@@ -1,0 +1,185 @@
+"""Plants faults one by one in a copy of the package, and says which no test finds.
+
+    python tests/benchmarks/faults.py [--only WORD] [--first N] [--list]
+
+For maintainers: it takes half an hour. A fault is a file, a piece of it that stands there once, what is put in its
+place, and the tests that should die of it. A survivor is a missing test; a fault whose place is gone is said too, and
+wants to be planted anew where the code has moved to."""
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WIRING = 'tests/test_wiring.py'
+
+FAULTS = [
+    # MoCo
+    ('moco', 'k = moco.keys(x_k)', 'k = moco.keys(x_q)', WIRING + ' -k second_view'),
+    ('moco', "rate = opt.param_groups[0]['lr'] = lr_at(session.step, total, batch, lr)",
+     'rate = lr_at(session.step, total, batch, lr)', WIRING + ' -k schedules'),
+    ('moco', 'peak,up = lr*batch/256', 'peak,up = lr', WIRING + ' -k schedules'),
+    ('moco', 'if clip: nn.utils.clip_grad_norm_', 'if False: nn.utils.clip_grad_norm_', WIRING + ' -k long_gradient'),
+    ('moco', 'scaler.scale(numbers[0]/len(pieces))', 'scaler.scale(numbers[0])', WIRING + ' -k pieces'),
+    ('moco', 'places[:,None]!=self.places', 'places[:,None]==self.places', WIRING + ' -k same_video'),
+    ('moco', 'to_input(x[:,i], mean, std, device) for i in (0,1)', 'to_input(x[:,0], mean, std, device) for i in (0,1)',
+     WIRING + ' -k views'),
+    ('moco', 'mean,std = store.mean.tolist(),store.std.tolist()', 'mean,std = [.5]*3,[.25]*3',
+     WIRING + ' -k deviation'),
+    ('moco', "if positives=='track' else None", "if positives=='none' else None", WIRING + ' -k positive'),
+    ('moco', 'others = q@queue', 'others = k@queue', 'tests/test_moco.py -k loss_by_hand'),
+    ('moco', '(q*k).sum(1, keepdim=True), others], 1)/tau', '(q*k).sum(1, keepdim=True), others/tau], 1)',
+     'tests/test_moco.py -k loss_by_hand'),
+    ('moco', 'follow = get_ema_multi_avg_fn(min(self.m, (1+self.t)/(10+self.t)))', 'follow = get_ema_multi_avg_fn(1.)',
+     'tests/test_moco.py -k momentum_update'),
+    ('moco', 'self.queue[:,i:end] = k.T', 'self.queue[:,:end-i] = k.T', WIRING + ' -k queue'),
+    ('moco', 'self.ptr = end%self.K', 'self.ptr = 0', WIRING + ' -k queue'),
+    ('moco', "if self.bn=='momentum': self.encoder_k.eval()", 'pass', 'tests/test_moco.py -k batch'),
+    ('moco', '/max(1,total-up)))/2', '/max(1,2*total-up)))/2', 'tests/test_moco.py -k schedule'),
+    ('moco', 'opt.zero_grad()\n    moco.enqueue', 'pass\n    moco.enqueue', WIRING + ' -k gradient'),
+    # Views
+    ('views', 'dice = [self.augment.draw(shapes[k], rng) for k in (0,-1)]',
+     'dice = [self.augment.draw(shapes[0], rng)]*2', WIRING + ' -k views'),
+    ('views', 'return (-mean/std).to(device),(1/(255*std)).to(device)',
+     'return (-mean).to(device),(1/(255*std)).to(device)',
+     WIRING + ' -k deviation'),
+    ('views', "order,was = rng_of('order', seed, epoch)", "order,was = rng_of('order', seed, 0)",
+     WIRING + ' -k epochs'),
+    ('views', 'others = others[others!=i]', 'others = others[others==i]', WIRING + ' -k positive'),
+    ('views', 'if view.flip: out = cv2.flip(out, 1)', 'if view.flip: out = cv2.flip(out, 0)', 'tests/test_views.py'),
+    ('views', '(x+w-1,y+h-1), fill, -1)', '(x+w+2,y+h+2), fill, -1)', 'tests/test_views.py'),
+    ('views', 'cos,sin = math.cos(2*math.pi*h),math.sin(2*math.pi*h)',
+     'cos,sin = math.cos(math.pi*h),math.sin(math.pi*h)',
+     'tests/test_views.py'),
+    # Networks, heads, losses
+    ('backbones', 'one,other = x[:,:self.half],x[:,self.half:]', 'other,one = x[:,:self.half],x[:,self.half:]',
+     WIRING + ' -k ibn'),
+    ('backbones', 'c.stride = (1,1)', 'c.stride = c.stride', 'tests/test_moco.py -k backbones'),
+    ('heads', 'far.masked_fill(~same, 0).amax(1)', 'far.masked_fill(~same, 0).mean(1)', 'tests/test_heads.py'),
+    ('heads', 'return far.masked_fill(~same, 0).amax(1),far.masked_fill(same, math.inf).amin(1)',
+     'return far.masked_fill(same, math.inf).amin(1),far.masked_fill(~same, 0).amax(1)', 'tests/test_heads.py'),
+    ('heads', 'label_smoothing=smoothing', 'label_smoothing=0', 'tests/test_heads.py'),
+    ('heads', "side['after'].float() for branch in self.sides(x)", "side['before'].float() for branch in self.sides(x)",
+     WIRING + ' -k embedding'),
+    ('heads', 'far = torch.where(own, 1+self.m-cos, cos+self.m)', 'far = torch.where(own, 1-self.m-cos, cos+self.m)',
+     'tests/test_heads.py'),
+    # Fine-tuning
+    ('finetune', "for g in self.opt.param_groups: g['lr'] = lr", 'pass', WIRING + ' -k recipes_rate'),
+    ('finetune', "with seeded('pk', seed, epoch):", "with seeded('pk', seed, 0):", WIRING + ' -k epochs'),
+    ('finetune', 'img[y:y+h,x:x+w] = fill', 'img[y:y+h,x:x+w] = 0', WIRING + ' -k erasing'),
+    ('finetune', '(.02,.4), (.3,3.3))', '(.2,.9), (.3,3.3))', WIRING + ' -k erasing'),
+    ('finetune', 'return self.ema.module if self.ema else self.model', 'return self.model', WIRING + ' -k average'),
+    ('finetune', 'return self.lr*(self.start + (1-self.start)*at/self.warmup)', 'return self.lr',
+     'tests/test_finetune.py -k published'),
+    ('finetune', 'if r.clip: nn.utils.clip_grad_norm_', 'if False: nn.utils.clip_grad_norm_',
+     'tests/test_finetune.py -k clipping'),
+    ('finetune', 'if init: transfer_weights(backbone, init, partial)', 'pass', WIRING + ' -k given'),
+    ('finetune', "def frozen(step): return step<self.recipe.freeze*total", 'def frozen(step): return False',
+     'tests/test_finetune.py -k heads'),
+    ('finetune', 'model.embed(x) + (model.embed(x.flip(3)) if flip else 0)', 'model.embed(x)',
+     'tests/test_finetune.py -k load_and_embed'),
+    ('finetune', "mean,std = origin.get('mean', mean),origin.get('std', std)", 'pass',
+     'tests/test_finetune.py -k travel'),
+    # Sessions
+    ('sessions', "set_dice(take('dice'))", 'pass', 'tests/test_sessions.py'),
+    ('sessions', 'if self.state.exists(): os.replace(self.state, self.before)', 'pass', 'tests/test_sessions.py'),
+    ('sessions', 'able = was==', 'able = False and was==', 'tests/test_sessions.py'),
+    ('transfer', 'if table.missing: why', 'if False: why', 'tests/test_finetune.py -k "refused or donor"'),
+    ('transfer', 'weights_only=True', 'weights_only=False', 'tests/test_finetune.py -k refused'),
+    # Videos, boxes, crops
+    ('toy_city', 'if not lives: f.unlink()', 'pass', 'tests/test_sessions.py -k swept'),
+    ('toy_city', 'psutil.pid_exists(int(of[1]))', 'False', 'tests/test_sessions.py -k swept'),
+    ('video', 'np.rot90(rgb, frame.rotation//90)', 'np.rot90(rgb, -frame.rotation//90)', 'tests/test_video.py'),
+    ('video', 'later = later and not p.idr', 'later = False', 'tests/test_video.py'),
+    ('detections', 'ids = [(i - (not nl), obj', 'ids = [(i, obj', 'tests/test_dataset.py -k counts_from_one'),
+    ('detections', "raise pickle.UnpicklingError(f'asks for {full}, which is not on the list')",
+     'return super().find_class(module, name)', 'tests/test_dataset.py -k "pickle or hostile or call"'),
+    ('dataset', 'model.predict(rgb[..., ::-1], classes=keep', 'model.predict(rgb, classes=keep', WIRING + ' -k bgr'),
+    ('dataset', 'np.clip(box.round(), 0, [width, height, width, height])', 'np.clip(box.round(), 0, None)',
+     'tests/test_dataset.py -k "boxes or drop"'),
+    ('dataset', 'raw = d.box*(h/d.height if d.height else 1)', 'raw = d.box',
+     'tests/test_dataset.py -k boxes'),
+    ('dataset', "bgr = np.ascontiguousarray(rgb[..., ::-1])", 'bgr = np.ascontiguousarray(rgb)',
+     WIRING + ' -k red'),
+    ('dataset', 'if bots == 3: raise', 'if bots == 30: raise', 'tests/test_dataset.py -k bot'),
+    ('align', "cols['frame'] + fit.offset", "cols['frame'] - fit.offset", WIRING + ' -k alignment'),
+    ('align', "cols['box']*(fit.height/fit.lines)", "cols['box']*(fit.lines/fit.height)", WIRING + ' -k alignment'),
+    ('align', 'if gain.mean() <= 2*gain.std()', 'if gain.mean() <= 200*gain.std()', WIRING + ' -k alignment'),
+    # Store
+    ('crop_store', 'cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)', 'bgr', WIRING + ' -k red'),
+    ('crop_store', 'np.cumsum(size) - size for at', 'np.cumsum(size) for at', 'tests/test_crop_store.py'),
+    ('crop_store', 'return_inverse=True)[1] - (ids < 0).any()', 'return_inverse=True)[1]', WIRING + ' -k no_name'),
+    ('crop_store', "square = (std**2 + mean**2).mean(0) - mean.mean(0)**2", 'square = (std**2).mean(0)',
+     'tests/test_crop_store.py'),
+    # Benchmarks and scores
+    ('benchmarks', '(n/ranks).mean()', '(n/ranks).max()', 'tests/test_benchmarks.py'),
+    ('benchmarks', 'count(row[:j] <= row[j])', 'count(row[:j] < row[j])', 'tests/test_benchmarks.py'),
+    ('benchmarks', 'len(ranks)/ranks[-1]', 'len(ranks)/ranks[0]', 'tests/test_benchmarks.py'),
+    ('benchmarks', 'if s.pid >= 0], notes, sizes', 'if s.pid > 0], notes, sizes', WIRING + ' -k distractor'),
+    ('evaluate', 'for half in halves)', 'for half in halves[:1]*2)', WIRING + ' -k thresholds'),
+    ('evaluate', 'np.argmax(fmr <= target + 1e-9, -1)', 'np.argmax(fmr <= 3*target, -1)', 'tests/test_evaluate.py'),
+    ('evaluate', '[2.5, 97.5]', '[25, 75]', 'tests/test_evaluate.py'),
+    ('evaluate', 'difference = {k: np.subtract(more[k], less[k], dtype=float) for k in more}',
+     'difference = {k: np.subtract(less[k], more[k], dtype=float) for k in more}', 'tests/test_evaluate.py'),
+    ('evaluate', 'alarm = np.quantile(best[~known], 1 - fpir', 'alarm = np.quantile(best[known], 1 - fpir',
+     'tests/test_evaluate.py'),
+    # People, gallery, decisions
+    ('people', "'overlap': hidden > gate.overlap", "'overlap': hidden > 2", 'tests/test_biometrics.py'),
+    ('people', 'min(x1, y1, W - x2, H - y2)', 'min(x1, y1)', 'tests/test_biometrics.py'),
+    ('people', 'key=lambda s: s.quality', 'key=lambda s: -s.quality', 'tests/test_biometrics.py'),
+    ('gallery', 'best[name] = max(score, best.get(name, -1))', 'best[name] = min(score, best.get(name, 1))',
+     WIRING + ' -k template'),
+    ('gallery', "db.execute('DELETE FROM identities WHERE id = ?', [who])", 'pass', 'tests/test_gallery.py'),
+    ('search', 'best = np.maximum.reduceat', 'best = np.minimum.reduceat', 'tests/test_gallery.py'),
+    ('biometrics', "if score >= zone[1]: return 'match'", "if score >= zone[0]: return 'match'",
+     'tests/test_biometrics.py'),
+    ('biometrics', '@ probe.feature).max()', '@ probe.feature).min()', WIRING + ' -k template'),
+    ('biometrics', "answer == 'no match' and claimed is None", "answer == 'match' and claimed is None",
+     'tests/test_biometrics.py'),
+]
+
+def plant(copy, module, old, new):
+    "Put a fault into the copy; returns the text to put back, or None where its place is gone."
+    path = copy/'reid_nb'/f'{module}.py'
+    text = path.read_text()
+    if text.count(old) != 1: return None
+    path.write_text(text.replace(old, new))
+    return text
+
+def dies(copy, tests):
+    "Does one of the tests fail?"
+    env = dict(os.environ, PYTHONPATH=str(copy), OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
+    env.setdefault('REID_DATA', str(ROOT.parent/'shared'/'data'))
+    words = tests.split(' ', 2)
+    if len(words) == 3: words[2] = words[2].strip('"')
+    call = [sys.executable, '-m', 'pytest', '-n', '0', '-q', '-x', '-p', 'no:cacheprovider', *words]
+    done = subprocess.run(call, cwd=copy, env=env, capture_output=True, text=True)
+    if done.returncode not in (0, 1): print(done.stdout[-500:], done.stderr[-500:])
+    return done.returncode == 1
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--only', default='', help='faults whose module, place or tests have this word')
+    parser.add_argument('--first', type=int, default=1, help='number of the fault to begin with')
+    parser.add_argument('--list', action='store_true', help='print them, plant none')
+    a = parser.parse_args()
+    chosen = [(k, f) for k, f in enumerate(FAULTS, 1) if k >= a.first and a.only in ' '.join(f)]
+    if a.list: return print('\n'.join(f'{k:3} {m}: {old}  ->  {new}   ({t})' for k, (m, old, new, t) in chosen))
+    survived, begun = [], time.monotonic()
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = Path(tmp)/'copy'
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.venv', '_proc', '_docs', 'screenshots'))
+        for k, (module, old, new, tests) in chosen:
+            before = plant(copy, module, old, new)
+            state = 'NO SUCH PLACE' if before is None else 'dies' if dies(copy, tests) else 'SURVIVES'
+            if before is not None: (copy/'reid_nb'/f'{module}.py').write_text(before)
+            if state != 'dies': survived.append(k)
+            print(f'{k:3} {state:14} {module}: {new.strip().splitlines()[0][:80]}', flush=True)
+    print(f'{len(chosen)} faults, {len(chosen) - len(survived)} found, {time.monotonic() - begun:.0f} s; '
+          f'left: {survived or "none"}')
+
+if __name__ == '__main__': main()
