@@ -5,4 +5,4 @@ __version__ = "0.1.0"
 # stays.
 import os as _os
 if not {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'} & _os.environ.keys():
-    _os.environ['GOMP_SPINCOUNT'] = '1000'
+    _os.environ['GOMP_SPINCOUNT'] = '10000'

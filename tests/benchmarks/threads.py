@@ -2,7 +2,7 @@
 
     python tests/benchmarks/threads.py [--rounds 5] [--busy 0 2] [--walk]
 
-Threads of GNU OpenMP spin for some milliseconds before they sleep. `reid_nb` lets them spin a thousand times only
+Threads of GNU OpenMP spin for some milliseconds before they sleep. `reid_nb` lets them spin ten thousand times only
 (GOMP_SPINCOUNT, set before PyTorch is loaded, unless the user has set something). Each task runs in a process of its
 own, in turns as it was and as it is; medians, and the range of the rounds. `--walk` adds `reid_quickstart --small`."""
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 # KMP_BLOCKTIME means nothing to GNU OpenMP; that it is set tells `reid_nb` to change nothing
-WAYS = dict(before={'KMP_BLOCKTIME': '200'}, short={'GOMP_SPINCOUNT': '1000'})
+WAYS = dict(before={'KMP_BLOCKTIME': '200'}, short={'GOMP_SPINCOUNT': '10000'})
 TASKS = ['moco', 'finetune', 'embed']
 BATCH, SIZE = 64, (96, 48)
 
