@@ -143,8 +143,7 @@ def video_facts(
     height = next(read_frames(video))[1].shape[0]
     with av.open(str(video)) as f:
         fps = float(f.streams.video[0].average_rate or 0)
-        frames = sum(packet.size > 0 for packet in f.demux(video=0))
-    return dict(height=height, fps=fps, frames=frames, bytes=video.stat().st_size,
+    return dict(height=height, fps=fps, frames=count_frames(video), bytes=video.stat().st_size,
                 digest=sha256(video))
 
 # %% ../nbs/01_dataset.ipynb #3c77caff

@@ -7,7 +7,7 @@ __all__ = ['CLOTHES', 'SKIN', 'HAIR', 'PATTERNS', 'LOGOS', 'BAGS', 'PORTO', 'NOR
            'Sighting', 'HOST', 'NAMES', 'rng_of', 'City', 'Person', 'make_person', 'Sprite', 'joint', 'dark',
            'draw_leg', 'draw_arm', 'fabric', 'draw_top', 'draw_logo', 'draw_head', 'draw_bag', 'draw_side',
            'draw_front', 'draw_person', 'Camera', 'draw_wall', 'draw_item', 'scene', 'optics', 'expose', 'Walk',
-           'plan_walk', 'paste', 'compose', 'film', 'sweep', 'atomic_write', 'write_video', 'detect_boxes',
+           'plan_walk', 'paste', 'compose', 'film', 'sweep_unfinished', 'atomic_write', 'write_video', 'detect_boxes',
            'film_video', 'crop', 'write_image', 'sightings', 'split_query', 'write_set', 'market_name', 'cuhk_name',
            'write_labelled', 'film_clip', 'jobs', 'draw_city', 'build_toy']
 
@@ -449,7 +449,7 @@ def film(
 # %% ../nbs/00_toy_city.ipynb #f62f97ef
 HOST = socket.gethostname()
 
-def sweep(
+def sweep_unfinished(
     folder, # `Path`
 ):
     "Remove what writers left in `folder` that were killed: a name holds the number of its process."
@@ -469,7 +469,7 @@ def atomic_write(
     "Write a file that appears under its name only when it is complete."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
+    sweep_unfinished(path.parent)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}@{HOST}.tmp')
     try:
         with open(tmp, mode, **kw) as f:

@@ -155,4 +155,4 @@ def frames_between(
 ): # Yields as `read_frames`
     "A part of a video; what comes before it is skipped as far as the codec allows."
     if start <= 0: yield from islice(read_frames(video), stop)
-    else: yield from read_frames(video, range(start, count_frames(video) if stop is None else stop))
+    else: yield from read_frames(video, range(count_frames(video))[start:stop])

@@ -578,6 +578,7 @@ def test_what_comes_before_the_first_frame_is_not_looked_at(tmp_path, monkeypatc
     real = video_.upright
     monkeypatch.setattr(video_, 'upright', lambda *a: seen.append(1) or real(*a))
     assert [i for i, _ in video_.frames_between(clip, 240, 245)] == [240, 241, 242, 243, 244] and len(seen) == 5
+    assert [i for i, _ in video_.frames_between(clip, 258, 10**12)] == [258, 259]    # nobody counts that far
     seen.clear()
     assert [i for i, *_ in ds.detect_people(clip, start=240, stop=245)] == [240, 241, 242, 243, 244]
     assert len(seen) <= 105
