@@ -233,7 +233,7 @@ def score_table(results):
     return [['', *(f'{words}: {f}' for _,words in (SEEN, UNSEEN) for f in ('Rank-1','mAP'))],
             *row('colour histogram', 'score_histogram_'),
             *(r for kind,words in KINDS.items() for r in row(f'fine-tuned {words}', f'score_{kind}_')),
-            *(r for kind in ('scratch','rate0') for r in row(f'MoCo adds to {KINDS[kind]}', f'adds_{kind}_', '+.1f'))]
+            *row('MoCo adds to nothing', 'adds_scratch_', '+.1f'), *row('MoCo adds to rate 0', 'adds_rate0_', '+.1f')]
 
 # %% ../nbs/07b_quickstart.ipynb #9c9322bc
 ENROLLED = 'Ada Bruno Chiara'.split()
@@ -292,10 +292,10 @@ def draw_roc(steps):
     "A PNG file for each city: the ROC curves of all contestants"
     from reid_nb.evaluate import plot_roc
     d = steps.dest
-    for part,words in (SEEN, UNSEEN):
+    for part,city in (SEEN, UNSEEN):
         read = lambda kind: json.loads((d/'results'/f'{kind}_0_{city_of(part)}.json').read_text(encoding='utf-8'))
-        fig = plot_roc({kind: read(kind) for kind in ('histogram', *KINDS)})
-        fig.suptitle(f'{words} city', fontsize=9)
+        fig = plot_roc({words: read(kind) for kind,words in dict(histogram='colours', **KINDS).items()})
+        fig.suptitle(city, fontsize=9)
         fig.savefig(d/'figures'/f'roc_{city_of(part)}.png', dpi=90, bbox_inches='tight')
     return sorted(f.name for f in (d/'figures').glob('*.png'))
 

@@ -23,7 +23,8 @@ def test_the_walk_reports_every_door(walk):
     for name in ('look', 'toy', 'download', 'extract', 'pack', 'moco', 'rate0', 'moco_0', 'scratch_0', 'rate0_0',
                  'adds_rate0_market', 'calibrate', 'enrol_Ada', 'ask_3', 'roc'):
         assert (dest/'steps'/f'{name}.json').exists()
-    for words in ('fine-tuned from MoCo', 'colour histogram', 'MoCo adds to from nothing', 'next: reid_demo'):
+    for words in ('fine-tuned from MoCo', 'colour histogram', 'MoCo adds to nothing', 'MoCo adds to rate 0',
+                  'next: reid_demo'):
         assert words in done.stdout
     page = (dest/'report.html').read_text(encoding='utf-8')
     assert page.count('data:image/png;base64') == 9 and not re.search(r'<script|src="http|href="http|refresh', page)
