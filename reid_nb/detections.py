@@ -42,7 +42,7 @@ class PlainUnpickler(pickle.Unpickler):
 def safe_load(
     path, # A pickle from anywhere
 ): # What it holds; `BadInput` when it asks for more than plain data and arrays, or is broken
-    "Read a pickle without running anything of it."
+    "Read a pickle of plain data; nothing in it is run."
     try:
         with open(path, 'rb') as f: return PlainUnpickler(f, encoding='latin1').load()
     except OSError: raise BadInput(f'{path}: no such file that can be read') from None
@@ -65,7 +65,7 @@ class Dets:
 def read_dets(
     path, # Pickle of one video, in the form of LUPerson, of LUPerson-NL, or of `detect`
 )->Dets: # May raise `BadInput`
-    "Read detections into one form, whichever they come in."
+    "Read detections of either form into columns."
     raw = safe_load(path)
     try:
         height, fps = raw.pop('height', None), raw.pop('fps', None)

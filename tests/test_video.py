@@ -116,7 +116,7 @@ def test_each_frame_is_the_one_of_its_number(kind, tmp_path):
         assert all(i in due and (rgb == whole[i]).all() for i, rgb in found if i < n)
 
 def decoded(path, wanted):
-    return sum(vd.plan(vd.list_packets(path), wanted))
+    return sum(vd.plan_packets(vd.list_packets(path), wanted))
 
 def test_the_plan_decodes_little(tmp_path):
     path = film(tmp_path/'a.mp4', **x264(keyint=30, scenecut=0))

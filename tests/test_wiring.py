@@ -15,7 +15,7 @@ from torch import nn
 
 from reid_nb import finetune as finetuning
 from reid_nb import moco as contrasting
-from reid_nb.align import apply_fit, best_fit, compare
+from reid_nb.align import apply_fit, choose_fit, score_offsets
 from reid_nb.backbones import IBN
 from reid_nb.biometrics import decide
 from reid_nb.benchmarks import Benchmark, Protocol, Sample, read_benchmark, score_counts
@@ -319,7 +319,7 @@ def test_alignment_shifts_the_boxes_to_the_video(tmp_path, monkeypatch):
     class Frame(int):
         def __len__(self): return 720
     monkeypatch.setattr(align, 'read_frames', lambda video, wanted: ((i, Frame(i)) for i in sorted(wanted)))
-    fit = best_fit(*compare('video', d, lambda frame: truth(int(frame))))
+    fit = choose_fit(*score_offsets('video', d, lambda frame: truth(int(frame))))
     assert (fit.height, fit.lines, fit.offset) == (720, 360, -1) and fit.iou > .9
     mended = apply_fit(d, fit)
     for i,box in zip(mended.frame, mended.box): assert np.allclose(box, truth(i)[0], atol=7)

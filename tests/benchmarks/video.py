@@ -19,7 +19,8 @@ import av
 import cv2
 import numpy as np
 
-from reid_nb.dataset import Dets, cut_people, encode_jpeg
+from reid_nb.dataset import cut_people, encode_jpeg
+from reid_nb.detections import Dets
 
 H, W, PEOPLE = 720, 1280, 3
 
