@@ -163,18 +163,18 @@ class Sprite:
 
     def __init__(self): self.rgba = np.zeros((self.h, self.w, 4), np.uint8)
 
-    def px(self, *pts):
+    def to_pixels(self, *pts):
         "Turn body coordinates into pixels."
         return np.array([(self.w/2 + x*self.scale, self.h-10 - y*self.scale) for x,y in pts]).round().astype(np.int32)
 
     def poly(self, rgb, *pts):
         "Paint a polygon."
-        cv2.fillPoly(self.rgba, [self.px(*pts)], (*rgb, 255))
+        cv2.fillPoly(self.rgba, [self.to_pixels(*pts)], (*rgb, 255))
 
     def ellipse(self, rgb, at, rx, ry, start=0, stop=360):
         "Paint an ellipse round `at` with these radii, or the part between two angles (degrees)."
         size = max(1, round(rx*self.scale)), max(1, round(ry*self.scale))
-        cv2.ellipse(self.rgba, self.px(at)[0].tolist(), size, 0, start, stop, (*rgb, 255), -1)
+        cv2.ellipse(self.rgba, self.to_pixels(at)[0].tolist(), size, 0, start, stop, (*rgb, 255), -1)
 
     def box(self, rgb, x0, y0, x1, y1):
         "Paint a rectangle."
@@ -551,8 +551,7 @@ def film_frames(
 # %% ../nbs/00_toy_city.ipynb #aef0a937
 def write_video(
     path, # An .mp4 file
-    frames, # Iterable of uint8[h,w,3] RGB, even height and width
-    fps:int=FPS, # Frames a second
+    frames, # Iterable of uint8[h,w,3] RGB, even height and width; `FPS` are one second
 )->Path: # `path`
     "Encode frames as H.264 in an mp4 file, atomically."
     mp4 = io.BytesIO()
@@ -560,7 +559,7 @@ def write_video(
         s = None
         for rgb in frames:
             if s is None:
-                s = out.add_stream('libx264', rate=fps, options=dict(preset='veryfast', crf='21', threads='1'))
+                s = out.add_stream('libx264', rate=FPS, options=dict(preset='veryfast', crf='21', threads='1'))
                 s.height,s.width,s.pix_fmt = *rgb.shape[:2],'yuv420p'
             out.mux(s.encode(av.VideoFrame.from_ndarray(rgb, format='rgb24')))
         out.mux(s.encode())
