@@ -467,11 +467,11 @@ def test_colours_on_cuhk03_p1(data, tmp_path, run):
 
 def test_classic_cuhk03_counts_people_once(tmp_path):
     "A person of several splits is one person for intervals and for the halves of the thresholds"
-    from reid_nb.benchmarks import PROTOCOLS, Benchmark, Sample, make_worlds, score_counts
+    from reid_nb.benchmarks import PROTOCOLS, Benchmark, Sample, join_splits, score_counts
     samples = [Sample(tmp_path/f'{pid}_{cam}_{n}.png', pid, cam)
                for pid in range(1, 9) for cam in (1, 2) for n in (0, 1)]
     r = np.random.default_rng(0)
-    query, gallery = make_worlds(samples, [r.permutation(np.arange(1, 9))[:5].tolist() for _ in range(20)])
+    query, gallery = join_splits(samples, [r.permutation(np.arange(1, 9))[:5].tolist() for _ in range(20)])
     bench = Benchmark([], query, gallery, 'x', [], (), PROTOCOLS['cuhk03_classic_labeled'])
     qf, gf = r.normal(size=(len(query), 8)), r.normal(size=(len(gallery), 8))
     assert set(score_counts(bench, qf, gf).pids) == set(range(1, 9))
