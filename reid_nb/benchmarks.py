@@ -93,7 +93,7 @@ def find_folder(
         if len(found) > 1:
             raise BadInput(f'{root}: holds several sets, name one: {", ".join(map(str, found))}')
         if found: return found[0]
-    for zipped in sorted(root.glob('*.zip')): raise BadInput(f'{zipped}: unpack it first')
+    if zipped := sorted(root.glob('*.zip')): raise BadInput(f'{zipped[0]}: unpack it first')
     what = f'folder {named!r} with ' if named else ''
     raise BadInput(f'{root}: no {what}{", ".join(PARTS)} in it or below')
 
@@ -173,14 +173,16 @@ def hold_out(
     seed:int=0, # Of the choice
 )->tuple: # The other people's pictures, and a `Benchmark` of those held out; raises `BadInput`
     "Hold out people of the training part for validation; query and gallery of the test stay unseen."
-    r, cameras = np.random.default_rng(seed), {}
+    rng, cameras = np.random.default_rng(seed), {}
     for s in benchmark.train: cameras.setdefault(s.pid, set()).add(s.camid)
     able = sorted(pid for pid, seen in cameras.items() if len(seen) > 1)
     if len(able) < 2: raise BadInput('no two people of the training part are in several cameras')
-    held = set(r.permutation(able)[:min(people, len(able)//2)].tolist())
-    rest, gallery = ([s for s in benchmark.train if (s.pid in held) == k] for k in (False, True))
-    mixed = [gallery[i] for i in r.permutation(len(gallery))]
-    query = sorted({(s.pid, s.camid): s for s in mixed}.values())
+    held = set(rng.permutation(able)[:min(people, len(able)//2)].tolist())
+    rest = [s for s in benchmark.train if s.pid not in held]
+    gallery = [s for s in benchmark.train if s.pid in held]
+    mixed = [gallery[i] for i in rng.permutation(len(gallery))]
+    one_a_camera = {(s.pid, s.camid): s for s in mixed}
+    query = sorted(one_a_camera.values())
     sizes = len(rest), len(query), len(gallery)
     return rest, replace(benchmark, train=rest, query=query, gallery=gallery, notes=[], sizes=sizes,
                          protocol=PROTOCOLS['market_folder'], more=())
@@ -263,14 +265,14 @@ def join_splits(
     seed:int=0, # Of the draw of the gallery
 )->tuple: # Queries and gallery: lists of `Sample`, pid + SPLIT_PIDS*(1 + number of the split)
     "Join all splits into one benchmark: pictures of camera 1 against one of each person from camera 2."
-    by, query, gallery = {}, [], []
-    for s in samples: by.setdefault((s.pid, s.camid), []).append(s)
+    shots, query, gallery = {}, [], []
+    for s in samples: shots.setdefault((s.pid, s.camid), []).append(s)
     for k, pids in enumerate(tests):
-        r, at = np.random.default_rng([seed, k]), SPLIT_PIDS*(k + 1)
+        rng, start = np.random.default_rng([seed, k]), SPLIT_PIDS*(k + 1)
         for pid in pids:
-            query += [s._replace(pid=at + pid) for s in by.get((pid, 1), [])]
-            if shots := by.get((pid, 2)):
-                gallery.append(shots[r.integers(len(shots))]._replace(pid=at + pid))
+            query += [s._replace(pid=start + pid) for s in shots.get((pid, 1), [])]
+            if others := shots.get((pid, 2)):
+                gallery.append(others[rng.integers(len(others))]._replace(pid=start + pid))
     return query, gallery
 
 # %% ../nbs/03_benchmarks.ipynb #73656d5e
@@ -281,12 +283,13 @@ def read_classic(
 )->Benchmark: # With no protocol yet; raises `BadInput` for a wrong path
     "Read CUHK03 under its first protocol (Li et al., CVPR 2014)."
     found, tests, sizes = read_pictures(root, boxes)
-    chosen = [[1000*pair + person for pair, person in test] for test in tests]
-    chosen, train = chosen if split is None else chosen[split:split + 1], []
-    if split is not None: train = [s for s in found.values() if s.pid not in set(chosen[0])]
-    want = dict(detected=14097, labeled=14096)[boxes]
-    notes = [f'{boxes}: expected {want:,} pictures, found {len(found):,}']*(len(found) != want)
-    query, gallery = join_splits(list(found.values()), chosen)
+    tested, train = [[1000*pair + person for pair, person in test] for test in tests], []
+    if split is not None:
+        tested = [tested[split]]
+        train = [s for s in found.values() if s.pid not in set(tested[0])]
+    want, notes = dict(detected=14097, labeled=14096)[boxes], []
+    if len(found) != want: notes.append(f'{boxes}: expected {want:,} pictures, found {len(found):,}')
+    query, gallery = join_splits(list(found.values()), tested)
     counts = len(train), len(query), len(gallery)
     return Benchmark(train, query, gallery, digest_names(sizes), notes, counts)
 
@@ -309,10 +312,10 @@ def read_np(
     from scipy.io import loadmat
     found, _, sizes = read_pictures(root, boxes)
     try:
-        said = loadmat(config)
-        names = [str(cell[0]) for cell in said['filelist'].ravel()]
-        pids = said['labels'].ravel().astype(int)
-        rows = [said[f'{part}_idx'].ravel().astype(int) - 1 for part in ('train', 'query', 'gallery')]
+        split = loadmat(config)
+        names = [str(cell[0]) for cell in split['filelist'].ravel()]
+        pids = split['labels'].ravel().astype(int)
+        rows = [split[f'{part}_idx'].ravel().astype(int) - 1 for part in ('train', 'query', 'gallery')]
         parts = [[found[names[i]]._replace(pid=int(pids[i])) for i in part] for part in rows]
     except (KeyError, IndexError, TypeError, ValueError, NotImplementedError) as e:
         raise BadInput(f'{config}: does not fit cuhk-03.mat: {e!r}') from None
@@ -421,8 +424,12 @@ def distances(
     return 1 - normalize(qf) @ normalize(gf).T
 
 # %% ../nbs/03_benchmarks.ipynb #3533db29
-def check_features(benchmark, qf, gf):
-    "Raise `BadInput` unless there is one finite vector for each picture, all of one length"
+def check_features(
+    benchmark:Benchmark, # With a protocol
+    qf, # float[q,d], features of the queries
+    gf, # float[g,d], features of the gallery
+): # Raises `BadInput`
+    "Check that there is one finite vector for each picture, all of one length."
     for what, samples, f in ('query', benchmark.query, qf), ('gallery', benchmark.gallery, gf):
         if not len(samples): raise BadInput(f'{benchmark.protocol.name}: no pictures in the {what}')
         if np.ndim(f) != 2 or len(f) != len(samples):
@@ -499,10 +506,10 @@ def score_counts(
     counts = np.zeros((2, len(who), bins), np.int64)
     rows = (row for block in blocks(qf, gf) for row in block)
     for query, k, row in zip(benchmark.query, at, rows):
-        bin = ((2 - row)/2*bins).clip(0, bins-1).astype(np.int32)
+        place = ((2 - row)/2*bins).clip(0, bins-1).astype(np.int32)   # the bin of each pair
         counted, same = ~benchmark.protocol.rule(query, pids, camids), pids == query.pid
-        counts[0,k] += np.bincount(bin[counted & same], minlength=bins)
-        counts[1,k] += np.bincount(bin[counted & ~same], minlength=bins)
+        counts[0,k] += np.bincount(place[counted & same], minlength=bins)
+        counts[1,k] += np.bincount(place[counted & ~same], minlength=bins)
     return ScoreCounts(np.linspace(-1, 1, bins + 1), who, *counts)
 
 # %% ../nbs/03_benchmarks.ipynb #66ac8f0f

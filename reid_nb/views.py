@@ -44,12 +44,14 @@ def random_box(
     ratio:tuple, # Least and greatest width by height
 )->tuple: # y, x, height, width in pixels; None where nothing fits in ten tries
     "Draw a rectangle inside the image."
-    (H,W),(a0,a1),(r0,r1) = hw,scale,[math.log(r) for r in ratio]
-    u = rng.random(22).tolist()
-    for a,r in zip(u[:10], u[10:20]):
-        area,r = H*W*(a0 + (a1-a0)*a),math.exp(r0 + (r1-r0)*r)
-        w,h = round(math.sqrt(area*r)),round(math.sqrt(area/r))
-        if 0<w<=W and 0<h<=H: return int(u[20]*(H-h+1)),int(u[21]*(W-w+1)),h,w
+    (H,W),(least,most) = hw,scale
+    low,high = math.log(ratio[0]),math.log(ratio[1])
+    *tries,down,right = rng.random(22).tolist()
+    for a,r in zip(tries[:10], tries[10:]):
+        area = H*W*(least + (most-least)*a)
+        shape = math.exp(low + (high-low)*r)
+        w,h = round(math.sqrt(area*shape)),round(math.sqrt(area/shape))
+        if 0<w<=W and 0<h<=H: return int(down*(H-h+1)),int(right*(W-w+1)),h,w
 
 # %% ../nbs/03b_views.ipynb #f750ba66
 def middle_box(
@@ -86,12 +88,14 @@ class Augment:
         *shift,soft = rng.random(5).tolist()
         odds = self.jitter,self.gray,self.blur,.5,self.erase
         jitter,gray,blur,flip,erase = (rng.random(5)<odds).tolist()
-        factors = tuple((i<3) + s*(2*u-1) for i,(s,u) in enumerate(zip(self.strength, shift)))
-        return View(random_box(hw, rng, self.scale, ratio) or middle_box(hw, ratio),
-            factors if jitter else None,
-            tuple(rng.permutation(4).tolist()) if jitter else (0,1,2,3), gray,
-            np.interp(soft, (0,1), self.sigmas).item() if blur else 0., flip,
-            random_box(self.size, rng, (.02,.6), (.3,3.3)) if erase else None)
+        box = random_box(hw, rng, self.scale, ratio) or middle_box(hw, ratio)
+        factors,order = None,(0,1,2,3)
+        if jitter:
+            factors = tuple(middle + s*(2*u-1) for middle,s,u in zip((1,1,1,0), self.strength, shift))
+            order = tuple(rng.permutation(4).tolist())
+        sigma = np.interp(soft, (0,1), self.sigmas).item() if blur else 0.
+        patch = random_box(self.size, rng, (.02,.6), (.3,3.3)) if erase else None
+        return View(box, factors, order, gray, sigma, flip, patch)
 
 AUGMENTS = dict(luperson=dict(erase=.5), moco_v2=dict(jitter=.8), person=dict(jitter=.8, upright=True),
     street=dict(scale=(.25,.8), upright=True, jitter=.8, strength=(.3,.3,.3,.03), gray=0.,
@@ -110,7 +114,9 @@ def color_maps(
         cos,sin = math.cos(2*math.pi*h),math.sin(2*math.pi*h)
         turn = cos*eye + (1-cos)/3 + sin/math.sqrt(3)*np.array([[0,-1,1],[1,0,-1],[-1,1,0]])
         ops = b*eye, c*eye, s*eye + (1-s)*GRAY, turn
-        for i in view.order: A,T = ops[i]@A,ops[i]@T + (i==1)*(1-c)*GRAY@(A+T)
+        for i in view.order:
+            added = (1-c)*GRAY@(A+T) if i==1 else 0  # contrast turns around the mean grey level
+            A,T = ops[i]@A,ops[i]@T + added
     return (GRAY@A,GRAY@T) if view.gray else (A,T)
 
 # %% ../nbs/03b_views.ipynb #dab0b941
@@ -193,13 +199,14 @@ def render_batch(
     fill=(128,128,128), # RGB colour for erasing
 ): # uint8[B,h,w,3]
     "Render a view of each picture, on the device of the canvas."
-    dev,soft = canvas.device,params['sigma'].nonzero()[:,0]
-    reach = math.ceil(3*params['sigma'].max().item())
-    box,flip,sigma,color,erase,soft = [t.to(dev, non_blocking=True) for t in (*params.values(), soft)]
-    x,(A,T) = sample(canvas, box, flip>0, size),color.unbind(1)
+    dev,sigma = canvas.device,params['sigma']
+    reach,blurred = math.ceil(3*sigma.max().item()),sigma.nonzero()[:,0].to(dev, non_blocking=True)
+    there = {name: t.to(dev, non_blocking=True) for name,t in params.items()}
+    x = sample(canvas, there['box'], there['flip']>0, size)
+    A,T = there['color'].unbind(1)
     x = torch.einsum('bij,bjhw->bihw', A, x) + (T@x.mean((2,3))[:,:,None])[...,None]
-    if reach: x[soft] = blur(x[soft], sigma[soft], reach)
-    top,left,eh,ew = erase.T[...,None]
+    if reach: x[blurred] = blur(x[blurred], there['sigma'][blurred], reach)
+    top,left,eh,ew = there['erase'].T[...,None]
     ys,xs = [torch.arange(n, device=dev) for n in size]
     hit = ((ys>=top)&(ys<top+eh))[:,:,None] & ((xs>=left)&(xs<left+ew))[:,None]
     for c,level in zip(x.unbind(1), fill): c.masked_fill_(hit, level)
@@ -215,11 +222,12 @@ def crop_batches(
     share:tuple=(0,1), # Rank of this process, and the world size, which divides `batch`
 ): # Yields lists of (epoch, index)
     "Give shuffled batches, epoch after epoch; the short rest of an epoch is dropped."
-    (rank,world),a_epoch,was = share,n//batch,None
+    rank,world_size = share
+    shuffled = None   # the epoch that `order` is of
     for step in range(first, last):
-        epoch,i = divmod(step, a_epoch)
-        if epoch!=was: order,was = rng_of('order', seed, epoch).permutation(n),epoch
-        mine = order[i*batch:(i+1)*batch].reshape(world, -1)[rank]
+        epoch,i = divmod(step, n//batch)
+        if epoch!=shuffled: order,shuffled = rng_of('order', seed, epoch).permutation(n),epoch
+        mine = order[i*batch:(i+1)*batch].reshape(world_size, -1)[rank]
         yield [(epoch,int(j)) for j in mine]
 
 # %% ../nbs/03b_views.ipynb #372e6bf8
@@ -263,8 +271,9 @@ def pack_pairs(
     "Pack a batch into few tensors; the `collate_fn` of a DataLoader."
     jpegs,views,places = zip(*items)
     counts,flat = np.array([len(js) for js in jpegs]),[j for js in jpegs for j in js]
+    ends = np.cumsum([len(j) for j in flat])
     last = counts.cumsum()-1
-    ends,at = np.cumsum([len(j) for j in flat]),np.stack([last-counts+1, last])
+    at = np.stack([last-counts+1, last])   # the first picture of each item, and its last
     return dict(data=torch.frombuffer(bytearray(b''.join(flat)), dtype=torch.uint8), ends=torch.from_numpy(ends),
                 at=torch.from_numpy(at), params=[tabulate(v) for v in zip(*views)], places=torch.tensor(places))
 
