@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['RERANK_LIMIT', 'TARGETS', 'FPIR', 'NO_GROUPS', 'PLAIN', 'full_name', 'write_features', 'load_npz', 'read_features',
-           'draw_people', 'interval', 'bootstrap', 'compare', 'average_queries', 'expand_queries', 'check_rerank',
-           'rerank_distances', 'rank_with', 'rates', 'auc_eer', 'pair_figures', 'histograms', 'split_people', 'part_of',
-           'threshold_at', 'operating_points', 'say_threshold', 'best_answers', 'missed', 'open_set', 'some_of_each',
-           'identification_rate', 'plot_rates', 'summarize', 'write_json', 'thresholds_path', 'read_thresholds',
-           'keep_thresholds', 'drift', 'check_drift', 'features_of', 'check_options', 'evaluate', 'calibrate',
-           'plot_roc', 'plot_scores', 'rank_lists', 'camera_matrix', 'embedding_map', 'reid_evaluate', 'reid_calibrate']
+           'draw_people', 'interval', 'bootstrap', 'compare_scores', 'average_queries', 'expand_queries',
+           'check_rerank', 'rerank_distances', 'rank_with', 'rates', 'auc_eer', 'pair_figures', 'histograms',
+           'split_people', 'select_part', 'threshold_at', 'operating_points', 'best_answers', 'missed', 'open_set',
+           'some_of_each', 'identification_rate', 'plot_rates', 'summarize', 'thresholds_path', 'read_thresholds',
+           'write_json', 'write_thresholds', 'find_drift', 'check_drift', 'features_of', 'load_features',
+           'check_options', 'shipped_model', 'name_source', 'evaluate', 'calibrate', 'plot_roc', 'plot_scores',
+           'rank_lists', 'camera_matrix', 'embedding_map', 'describe_threshold', 'describe_result', 'reid_evaluate',
+           'reid_calibrate']
 
 # %% ../nbs/06_evaluate.ipynb #acd54af3
 import json, warnings, zipfile
@@ -22,11 +24,16 @@ import numpy as np
 from .benchmarks import (
     Benchmark, Scores, blocks, check_features, color_histogram, distances, labels, normalize,
     people_of, rank, rank_rows, read_benchmark, read_rgb, roc_points, score_counts)
-from .dataset import BadInput, command, sha256
+from .dataset import BadInput, sha256
+from .jobs import command
 from .toy_city import atomic_write, rng_of
 
 # %% ../nbs/06_evaluate.ipynb #7e1daa8c
-def full_name(sample): return f'{sample.path.parent.name}/{sample.path.name}'
+def full_name(
+    sample, # A `Sample`
+)->str: # `<folder>/<picture name>`
+    "Name a picture by its folder and its file."
+    return f'{sample.path.parent.name}/{sample.path.name}'
 
 def write_features(
     path, # A .npz file
@@ -38,8 +45,10 @@ def write_features(
     names = map(full_name, [*benchmark.query, *benchmark.gallery])
     with atomic_write(path, 'wb') as f: np.savez(f, **dict(zip(names, np.concatenate([qf, gf]))))
 
-def load_npz(path):
-    "{name: array}; raises `BadInput` for what is not an npz file of plain arrays"
+def load_npz(
+    path, # A .npz file
+)->dict: # {name: array}; raises `BadInput`
+    "Load an npz file of plain arrays."
     if not Path(path).is_file(): raise BadInput(f'{path}: no such file of features')
     try:
         with np.load(path) as f: return dict(f)
@@ -52,8 +61,8 @@ def read_features(
     benchmark:Benchmark, # The pictures
 )->tuple: # float[q,d] of the queries, float[g,d] of the gallery; raises `BadInput`
     "Read features that were made elsewhere."
-    found, n = load_npz(path), len(benchmark.query)
-    samples = [*benchmark.query, *benchmark.gallery]
+    found = load_npz(path)
+    samples, n = [*benchmark.query, *benchmark.gallery], len(benchmark.query)
     names = [{s.path.name for s in part} for part in (benchmark.query, benchmark.gallery)]
     if twice := names[0] & names[1] & found.keys():
         raise BadInput(f'{path}: {min(twice)} is in two folders: write <folder>/<name>')
@@ -67,15 +76,19 @@ def read_features(
     return np.array(rows[:n], np.float32), np.array(rows[n:], np.float32)
 
 # %% ../nbs/06_evaluate.ipynb #142b191b
-def draw_people(n, times, seed):
-    "int[times,n]: how often each of `n` people is drawn"
+def draw_people(
+    n:int, # How many people there are, and how many are drawn
+    times:int, # How many draws
+    seed, # Of the draws
+)->np.ndarray: # int[times,n], how often each is drawn
+    "Draw people with replacement."
     return rng_of('bootstrap', seed, n).multinomial(n, np.full(n, 1/n), times)
 
 def interval(
     value, # The figure itself
     drawn, # float[times], the figure for each draw
 )->dict: # value, low, high: 95 % of the draws lie between the last two
-    "A figure with its interval."
+    "Put an interval of 95 % around a figure."
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return dict(value=float(value), low=float(low), high=float(high))
 
@@ -86,20 +99,20 @@ def bootstrap(
     seed:int=0, # Of the draws
     times:int=1000, # How many draws
 )->dict: # {figure: value, low, high}
-    "Means over queries, with intervals over identities."
+    "Compute means over queries, with intervals over identities."
     people, at = np.unique(pids, return_inverse=True)
     w = draw_people(len(people), times, seed)
     n = w @ np.bincount(at)
     return {k: interval(np.mean(v), w @ np.bincount(at, v)/n) for k, v in values.items()}
 
 # %% ../nbs/06_evaluate.ipynb #469f5021
-def compare(
+def compare_scores(
     a:Scores, # Of one model
     b:Scores, # Of another, for the same benchmark
     seed:int=0, # Of the draws
     times:int=1000, # How many draws of people, the same for both
 )->dict: # {figure: value, low, high} of a minus b; raises `BadInput` where the queries differ
-    "The difference of two models, with intervals over identities."
+    "Subtract the figures of one model from those of another, with intervals over identities."
     same = a.protocol == b.protocol and np.array_equal(a.pids, b.pids)
     if not same or (a.valid != b.valid).any():
         raise BadInput('only scores of the same queries under the same protocol can be compared')
@@ -126,11 +139,12 @@ def expand_queries(
     k:int, # Answers to add, at least 1
     rounds:int=1, # Searches, each with the result of the one before
 )->np.ndarray: # float32[q,d], rows of length 1; raises `BadInput`
-    "Average query expansion; in several rounds, iterative impression aggregation."
+    "Add the best answers to each query; in several rounds this is iterative impression aggregation."
     check_features(benchmark, qf, gf)
     if k < 1: raise BadInput(f'expand {k}: add at least one answer')
     if rounds > 1: qf = expand_queries(benchmark, qf, gf, k, rounds - 1)
-    out, (pids, camids) = [], labels(benchmark.gallery)
+    out = []
+    pids, camids = labels(benchmark.gallery)
     rows = (row for block in blocks(qf, gf) for row in block)
     for query, feature, row in zip(benchmark.query, normalize(qf), rows):
         counted = np.flatnonzero(~benchmark.protocol.rule(query, pids, camids))
@@ -141,8 +155,10 @@ def expand_queries(
 # %% ../nbs/06_evaluate.ipynb #188f46f8
 RERANK_LIMIT = 30_000
 
-def check_rerank(benchmark):
-    "Raise `BadInput` where there are too many pictures, or no one gallery for all queries"
+def check_rerank(
+    benchmark:Benchmark, # With a protocol
+): # Raises `BadInput`
+    "Check that there are not too many pictures for re-ranking, and one gallery for all queries."
     n, name = len(benchmark.query) + len(benchmark.gallery), benchmark.protocol.name
     if n > RERANK_LIMIT:
         raise BadInput(f'{name}: re-ranking {n:,} pictures would take about {24*n*n/2**30:.0f} GB '
@@ -157,7 +173,7 @@ def rerank_distances(
     qf, # float[q,d]
     gf, # float[g,d]
 )->np.ndarray: # float32[q,g]; raises `BadInput`
-    "Distances after k-reciprocal re-ranking."
+    "Compute distances by k-reciprocal re-ranking."
     check_features(benchmark, qf, gf)
     check_rerank(benchmark)
     pairs = (qf, gf), (qf, qf), (gf, gf)
@@ -188,8 +204,8 @@ def rates(
     genuine, # [...,bins], pairs of the same person by bin of similarity
     impostor, # [...,bins], pairs of two people
 )->tuple: # fmr, fnmr: float[...,bins+1], the error rates with each bin edge as threshold
-    "False match and false non-match rates: pairs that are not below the threshold are accepted."
-    def below(h):
+    "Compute false match and false non-match rates; pairs that are not below the threshold are accepted."
+    def below(h):   # share of the pairs below each edge
         c = np.concatenate([np.zeros_like(h[..., :1]), np.cumsum(h, -1)], -1)
         return c/np.maximum(c[..., -1:], 1)
     return 1 - below(np.asarray(impostor)), below(np.asarray(genuine))
@@ -198,11 +214,11 @@ def auc_eer(
     fmr, # float[...,bins+1], see `rates`
     fnmr, # float[...,bins+1]
 )->tuple: # AUC and EER, float[...]
-    "Area under the ROC curve, and equal error rate."
+    "Compute the area under the ROC curve, and the equal error rate."
     tmr = 1 - fnmr
     auc = ((fmr[..., :-1] - fmr[..., 1:])*(tmr[..., :-1] + tmr[..., 1:])/2).sum(-1)
     k = np.argmax(fnmr >= fmr, -1)[..., None]
-    at = lambda x, i: np.take_along_axis(x, i, -1)[..., 0]
+    def at(x, i): return np.take_along_axis(x, i, -1)[..., 0]
     d0, d1 = at(fmr - fnmr, k-1), at(fnmr - fmr, k)
     t = d0/np.maximum(d0 + d1, 1e-12)
     return auc, at(fmr, k-1) + t*(at(fmr, k) - at(fmr, k-1))
@@ -213,7 +229,7 @@ def pair_figures(
     seed:int=0, # Of the draws
     times:int=200, # How many draws of people
 )->dict: # AUC and EER, each with value, low, high; numbers of pairs
-    "AUC and EER with intervals over identities."
+    "Compute AUC and EER with intervals over identities."
     total = auc_eer(*rates(counts.genuine.sum(0), counts.impostor.sum(0)))
     w = draw_people(len(counts.pids), times, seed).astype(np.float32)
     drawn = auc_eer(*rates(w @ np.float32(counts.genuine), w @ np.float32(counts.impostor)))
@@ -225,7 +241,7 @@ def histograms(
     genuine, # int[bins]
     impostor, # int[bins]
 )->dict: # edges, genuine, impostor: lists; at most 64 bins, from the lowest to the highest score
-    "Coarser histograms, enough for a picture."
+    "Make histograms coarse enough for a picture."
     used = np.flatnonzero(np.add(genuine, impostor))
     at = np.arange(used[0], used[-1] + 1, (used[-1] - used[0])//64 + 1)
     genuine, impostor = (np.add.reduceat(h, at).tolist() for h in (genuine, impostor))
@@ -237,15 +253,20 @@ def split_people(
     seed:int=0, # Of the split
 )->list: # Of two pairs: bool[q], bool[g], the queries and gallery pictures of each half
     "Split the identities in two halves; distractors (pid 0) fall to either half by picture."
-    r = rng_of('split', seed)
+    rng = rng_of('split', seed)
     qp, gp = (people_of(benchmark, labels(s)[0]) for s in (benchmark.query, benchmark.gallery))
-    people = r.permutation(np.unique(np.concatenate([qp, gp[gp > 0]])))
-    first, coin = people[:len(people)//2], r.random(len(gp)) < .5
-    g = np.where(gp > 0, np.isin(gp, first), coin)
+    people = rng.permutation(np.unique(np.concatenate([qp, gp[gp > 0]])))
+    first, heads = people[:len(people)//2], rng.random(len(gp)) < .5
+    g = np.where(gp > 0, np.isin(gp, first), heads)
     return [(np.isin(qp, first), g), (~np.isin(qp, first), ~g)]
 
-def part_of(benchmark, qf, gf, part):
-    "A benchmark and its features, kept to some queries and gallery pictures"
+def select_part(
+    benchmark:Benchmark, # With a protocol
+    qf, # float[q,d]
+    gf, # float[g,d]
+    part:tuple, # bool[q], bool[g]: the queries and gallery pictures to keep
+)->tuple: # The smaller `Benchmark`, and its features
+    "Select some queries and gallery pictures with their features."
     q, g = (np.flatnonzero(x) for x in part)
     query, gallery = [benchmark.query[i] for i in q], [benchmark.gallery[i] for i in g]
     return replace(benchmark, query=query, gallery=gallery), np.asarray(qf)[q], np.asarray(gf)[g]
@@ -256,7 +277,7 @@ def threshold_at(
     edges, # float[bins+1], of the bins
     target:float, # The false match rate that is allowed
 ): # float[...], the lowest bin edge at which it is not exceeded
-    "The threshold for a false match rate."
+    "Find the threshold for a false match rate."
     fmr, _ = rates(impostor, impostor)
     return np.asarray(edges)[np.argmax(fmr <= target + 1e-9, -1)]
 
@@ -270,9 +291,9 @@ def operating_points(
     seed:int=0, # Of the split and of the draws
     times:int=200, # How many draws of people
 )->dict: # {'0.01': {threshold, low, high, fmr, tmr, errors}, ...}: fmr, tmr of the other half
-    "Thresholds chosen on half of the identities and checked on the other half."
+    "Choose thresholds on half of the identities, and check them on the other half."
     halves = split_people(benchmark, seed)
-    a, b = (score_counts(*part_of(benchmark, qf, gf, half)) for half in halves)
+    a, b = (score_counts(*select_part(benchmark, qf, gf, half)) for half in halves)
     chosen, edges = a.impostor.sum(0), a.edges
     drawn = np.float32(draw_people(len(a.pids), times, seed)) @ np.float32(a.impostor)
     fmr, fnmr = rates(b.genuine.sum(0), b.impostor.sum(0))
@@ -282,15 +303,9 @@ def operating_points(
         if target == TARGETS[-1] and errors < 30: continue
         t = interval(threshold_at(chosen, edges, target), threshold_at(drawn, edges, target))
         k = np.searchsorted(edges, t['value'])
-        out[f'{target:g}'] = dict(threshold=t.pop('value'), **t, fmr=float(fmr[k]),
+        out[f'{target:g}'] = dict(threshold=t['value'], low=t['low'], high=t['high'], fmr=float(fmr[k]),
                                   tmr=float(1 - fnmr[k]), errors=errors)
     return out
-
-def say_threshold(target, p):
-    "One line for an operating point"
-    doubt = ' (too few pairs to rely on)' if p['errors'] < 30 else ''
-    return (f"FMR {target:5} threshold {p['threshold']:.3f} [{p['low']:.3f}, {p['high']:.3f}]; "
-            f"on other people FMR {p['fmr']:.4f}, TMR {p['tmr']:.4f}{doubt}")
 
 # %% ../nbs/06_evaluate.ipynb #1269ed2c
 def best_answers(
@@ -318,7 +333,7 @@ def missed(
     known:np.ndarray, # bool[q], searches for enrolled people; the others are for strangers
     fpir, # float[k], rates of false alarms
 )->np.ndarray: # float[k], the FNIR at each
-    "Share of the searches for enrolled people that fail at a rate of false alarms."
+    "Compute the share of the searches for enrolled people that fail at each rate of false alarms."
     best, right, possible = answers
     alarm = np.quantile(best[~known], 1 - fpir, method='higher')
     return 1 - (right & (best > alarm[:, None]))[:, possible].mean(1)
@@ -330,7 +345,7 @@ def open_set(
     seed:int=0, # Of the splits
     repeats:int=10, # How many splits
 )->dict: # fpir, fnir: lists; searches for strangers and for enrolled people in one split
-    "FNIR against FPIR; a person's score is that of the best picture."
+    "Measure FNIR against FPIR; a person's score is that of the best picture."
     curves = []
     for k in range(repeats):
         (known, gallery), _ = split_people(benchmark, f'{seed}/{k}')
@@ -341,9 +356,13 @@ def open_set(
                 enrolled=int(sum(answers[2])))
 
 # %% ../nbs/06_evaluate.ipynb #da0713b3
-def some_of_each(pids, crops, r):
-    "bool[n]: at most `crops` pictures of each person, drawn by `r`; all where it is None"
-    mixed = r.permutation(len(pids))
+def some_of_each(
+    pids, # int[n], identities
+    crops:int, # Most pictures of each person; None: all
+    rng, # `np.random.Generator`
+)->np.ndarray: # bool[n]
+    "Draw some pictures of each person."
+    mixed = rng.permutation(len(pids))
     order = mixed[np.argsort(pids[mixed], kind='stable')]
     first = np.searchsorted(pids[order], pids[order])
     keep = np.zeros(len(pids), bool)
@@ -360,17 +379,17 @@ def identification_rate(
     seed:int=0, # Of the draws
     repeats:int=20, # How many draws
 )->dict: # Mean, and low and high: 95 % of the draws lie between them; raises `BadInput`
-    "Detection and identification rate, 1 - FNIR, for a gallery of a given size."
-    (qp, _), (gp, _), out = labels(benchmark.query), labels(benchmark.gallery), []
+    "Measure the detection and identification rate, 1 - FNIR, for a gallery of a given size."
+    qp, gp, out = labels(benchmark.query)[0], labels(benchmark.gallery)[0], []
     for k in range(repeats):
         (_, gallery), (strangers, _) = split_people(benchmark, f'{seed}/{k}')
-        r = rng_of('enrol', seed, k)
-        everybody = r.permutation(np.unique(gp[gallery & (gp > 0)]))
+        rng = rng_of('enrol', seed, k)
+        everybody = rng.permutation(np.unique(gp[gallery & (gp > 0)]))
         if (people or 1) > len(everybody):
             raise BadInput(f'{people} people cannot be enrolled: half of all are {len(everybody)}')
-        enrolled = np.isin(gp, everybody[:people]) & some_of_each(gp, crops, r)
+        enrolled = np.isin(gp, everybody[:people]) & some_of_each(gp, crops, rng)
         part = strangers | np.isin(qp, everybody[:people]), enrolled
-        few = part_of(benchmark, qf, gf, part)
+        few = select_part(benchmark, qf, gf, part)
         answers = best_answers(*few, np.ones(enrolled.sum(), bool))
         out.append(1 - missed(answers, ~strangers[part[0]], np.array([fpir]))[0])
     return interval(np.mean(out), out)
@@ -407,7 +426,7 @@ def summarize(
     options:dict=None, # See `rank_with`
     against:tuple=None, # Features of the queries and of the gallery by another model, to compare
 )->dict: # JSON's kinds only; raises `BadInput` for features that do not fit or are not finite
-    "Every figure of a result."
+    "Compute every figure of a result."
     if not getattr(benchmark.protocol, 'name', None):
         raise BadInput('a result needs the name of its protocol: take read_benchmark')
     options, notes = options or {}, [*benchmark.notes]
@@ -423,11 +442,7 @@ def summarize(
     fmr, tmr, _ = roc_points(genuine, impostor, counts.edges)
     at = np.unique(np.searchsorted(fmr, np.logspace(-6, 0, 241), side='right') - 1)
     enough = len(counts.pids) >= 4
-    extra = dict(options=options) if options else {}
-    if against:
-        difference = compare(scores, rank_with(benchmark, *against, options), seed)
-        extra['comparison'] = dict(figures=difference)
-    return dict(
+    result = dict(
         protocol=benchmark.protocol.name, data_digest=benchmark.digest, seed=seed,
         figures=bootstrap(scores.per_query(), scores.pids[scores.valid], seed),
         cmc=scores.cmc.tolist(), pairs=pair_figures(counts, seed),
@@ -436,50 +451,68 @@ def summarize(
         thresholds=operating_points(benchmark, qf, gf, seed) if enough else {},
         open_set=open_set(benchmark, qf, gf, seed) if enough else None,
         roc=dict(fmr=fmr[at].tolist(), tmr=tmr[at].tolist()),
-        scores=histograms(counts.edges, genuine, impostor), **extra)
+        scores=histograms(counts.edges, genuine, impostor))
+    if options: result['options'] = options
+    if against:
+        difference = compare_scores(scores, rank_with(benchmark, *against, options), seed)
+        result['comparison'] = dict(figures=difference)
+    return result
 
 # %% ../nbs/06_evaluate.ipynb #ca86a552
-def write_json(path, content):
-    "Write JSON, whole or not at all"
-    with atomic_write(path, encoding='utf-8') as f: json.dump(content, f, indent=1)
-
-def thresholds_path(ckpt): return Path(ckpt).with_suffix('.thresholds.json')
+def thresholds_path(
+    ckpt, # A checkpoint
+)->Path: # `<checkpoint>.thresholds.json`
+    "Name the file beside a checkpoint that holds its thresholds."
+    return Path(ckpt).with_suffix('.thresholds.json')
 
 def read_thresholds(
     ckpt, # A checkpoint
 )->dict: # What is in `<checkpoint>.thresholds.json`; {} where there is none; raises `BadInput` for a damaged
          # file, and for one that is of other weights
-    "Thresholds that have been chosen for a checkpoint."
+    "Read the thresholds that have been chosen for a checkpoint."
     path, again = thresholds_path(ckpt), f'reid_calibrate {ckpt} --data ROOT measures them anew'
     try:
         known = json.loads(path.read_text(encoding='utf-8'))
-        digest, floats = known['checkpoint_digest'], [float(t['high']) for t in known['thresholds'].values()]
+        digest = known['checkpoint_digest']
+        highs = [float(t['high']) for t in known['thresholds'].values()]
     except FileNotFoundError: return {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise BadInput(f'{path}: damaged ({e!r}): {again}') from None
-    if not np.isfinite(floats).all(): raise BadInput(f'{path}: damaged (not a number in it): {again}')
+    if not np.isfinite(highs).all(): raise BadInput(f'{path}: damaged (not a number in it): {again}')
     if digest != sha256(ckpt): raise BadInput(f'{path}: of another checkpoint: {again}')
     return known
 
-def keep_thresholds(ckpt, result):
-    "Write the thresholds of a checkpoint, and the impostor scores that they were chosen on"
+
+# %% ../nbs/06_evaluate.ipynb #3b38ca1f
+def write_json(
+    path, # The file
+    content, # What JSON can hold
+):
+    "Write JSON, whole or not at all."
+    with atomic_write(path, encoding='utf-8') as f: json.dump(content, f, indent=1)
+
+def write_thresholds(
+    ckpt, # A checkpoint
+    result:dict, # Of `summarize`, with the checkpoint's digest
+):
+    "Write the thresholds of a checkpoint, and the impostor scores that they were chosen on."
     keys = 'protocol', 'data_digest', 'checkpoint_digest', 'seed', 'thresholds'
     impostor = {k: result['scores'][k] for k in ('edges', 'impostor')}
     write_json(thresholds_path(ckpt), {k: result[k] for k in keys} | dict(scores=impostor))
 
 # %% ../nbs/06_evaluate.ipynb #c05b39d1
-def drift(
+def find_drift(
     thresholds:dict, # Of `read_thresholds`
     scores, # float[n], new similarities of different people
     counts=None, # int[n], how often each occurs; None: once
-)->str: # What to tell; '' where nothing is wrong, or where no old scores are known
-    "Say so where impostor scores are not distributed as when the thresholds were chosen."
+)->str: # The warning; '' where nothing is wrong, or where no old scores are known
+    "Find out whether impostor scores are distributed as when the thresholds were chosen."
     if not thresholds.get('scores') or not len(scores): return ''
     edges, old = (np.array(thresholds['scores'][k], float) for k in ('edges', 'impostor'))
     share = np.cumsum(old)/old.sum()
     at = np.searchsorted(share, np.array([*range(10, 100, 10), 99])/100 - 1e-9)
     bins = edges[1:][np.unique(at[at < len(old) - 1])]
-    def shares(x, n):
+    def shares(x, n):   # of the scores in each bin, never 0
         h = np.bincount(np.digitize(x, bins), n, minlength=len(bins) + 1)
         return (h/h.sum()).clip(1e-4)
     p, q = shares(edges[:-1], old), shares(np.asarray(scores), counts)
@@ -488,11 +521,16 @@ def drift(
     return ('impostor scores are not as they were when the thresholds were chosen '
             f'(stability index {psi:.2f}, above 0.25): choose them anew on data like this')
 
-def check_drift(thresholds, benchmark, qf, gf):
-    "`drift` of the impostor scores of other data than the thresholds were chosen on"
+def check_drift(
+    thresholds:dict, # Of `read_thresholds`
+    benchmark:Benchmark, # With a protocol
+    qf, # float[q,d]
+    gf, # float[g,d]
+)->str: # See `find_drift`; '' for the data that they were chosen on
+    "Find drift in the impostor scores of other data than the thresholds were chosen on."
     if thresholds.get('data_digest') in (None, benchmark.digest): return ''
     counts = score_counts(benchmark, qf, gf)
-    return drift(thresholds, counts.edges[:-1], counts.impostor.sum(0))
+    return find_drift(thresholds, counts.edges[:-1], counts.impostor.sum(0))
 
 # %% ../nbs/06_evaluate.ipynb #3135e729
 def features_of(
@@ -506,8 +544,30 @@ def features_of(
     parts = benchmark.query, benchmark.gallery
     return tuple(embed(model, meta, [s.path for s in part], flip=flip) for part in parts)
 
-def check_options(benchmark, options, ready, embed_only, against):
-    "Raise `BadInput` for options that cannot be, before the long part"
+def load_features(
+    benchmark:Benchmark, # The pictures
+    source, # A checkpoint, or an npz of features
+    ready:bool, # Is it an npz?
+    options:dict, # `flip` and `multi_query` are used
+)->tuple: # float32[q,d] of the queries, float32[g,d] of the gallery; raises `BadInput`
+    "Embed or read the features of a benchmark, and average them over queries where asked."
+    several = options.get('multi_query')
+    queries = [*benchmark.query, *benchmark.more] if several else benchmark.query
+    everything = replace(benchmark, query=queries)
+    if ready: qf, gf = read_features(source, everything)
+    else: qf, gf = features_of(everything, source, options.get('flip', False))
+    if several: qf = average_queries(everything, qf)
+    return qf[:len(benchmark.query)], gf
+
+# %% ../nbs/06_evaluate.ipynb #16876d57
+def check_options(
+    benchmark:Benchmark, # With a protocol
+    options:dict, # Those that are on
+    ready:list, # The npz files among `features` and `against`
+    embed_only, # See `evaluate`
+    against, # See `evaluate`
+):
+    "Raise `BadInput` for options that do not go together, before the long part begins."
     if against and not Path(against).is_file(): raise BadInput(f'{against}: no such file')
     if ready and options.get('flip'):
         raise BadInput(f'flip goes with a checkpoint, not with ready-made features ({ready[0]})')
@@ -518,11 +578,24 @@ def check_options(benchmark, options, ready, embed_only, against):
         raise BadInput('embed_only only writes features: of the options it takes flip alone')
     if options.get('rerank'): check_rerank(benchmark)
 
+# %% ../nbs/06_evaluate.ipynb #475413e5
+def shipped_model()->Path: # A checkpoint
+    "Give the path of the small model that comes with the package."
+    from reid_nb.small_model import SMALL
+    return SMALL
+
+def name_source(
+    path, # A checkpoint, or an npz of features
+)->dict: # `source` and `checkpoint_digest`
+    "Name the file that a result is of, with its digest."
+    return dict(source=Path(path).name, checkpoint_digest=sha256(path))
+
 # %% ../nbs/06_evaluate.ipynb #26350d07
 def evaluate(
     ckpt=None, # A checkpoint (`.safetensors`); None: `features`, or the small model of lesson 05b
     data='.', # The set's folder, or one that holds it
     protocol:str='market_folder', # A key of `PROTOCOLS`
+    *,
     out=None, # JSON file for the result; None: it is only returned
     features=None, # Score these instead: npz, picture name -> vector
     embed_only=None, # Write the checkpoint's features to this npz, and do no more
@@ -536,36 +609,31 @@ def evaluate(
 )->dict: # The result; {} with `embed_only`; raises `BadInput` before anything is written
     "Score a checkpoint, or features made elsewhere, under a protocol."
     options = dict(flip=flip, rerank=rerank, expand=expand, multi_query=multi_query)
-    options = {k: v for k, v in options.items() if v} | ({} if rounds == 1 else {'rounds': rounds})
+    options = {name: value for name, value in options.items() if value}
+    if rounds != 1: options['rounds'] = rounds
     if ckpt and features: raise BadInput('name either a checkpoint or --features')
-    if not (ckpt or features):
-        from reid_nb.small_model import SMALL
-        ckpt = SMALL
+    if not (ckpt or features): ckpt = shipped_model()
     known = read_thresholds(ckpt) if ckpt and not options else {}
-    benchmark, source = read_benchmark(protocol, data), ckpt or features
+    benchmark = read_benchmark(protocol, data)
     if not (benchmark.query and benchmark.gallery):
         raise BadInput(f'{data}: no pictures in query or in bounding_box_test: nothing to evaluate')
-    ready = [f for f in (features, against) if f and (f == features or Path(f).suffix == '.npz')]
+    ready = [features] if features else []
+    if against and Path(against).suffix == '.npz': ready.append(against)
     check_options(benchmark, options, ready, embed_only, against)
-    asked = [*benchmark.query, *benchmark.more] if multi_query else benchmark.query
-    everything = replace(benchmark, query=asked)
-    def load(f):
-        if f in ready: qf, gf = read_features(f, everything)
-        else: qf, gf = features_of(everything, f, flip)
-        if multi_query: qf = average_queries(everything, qf)
-        return qf[:len(benchmark.query)], gf
-    qf, gf = load(source)
+    source = ckpt or features
+    qf, gf = load_features(benchmark, source, source in ready, options)
     if embed_only:
         write_features(embed_only, benchmark, qf, gf)
         return {}
-    result = summarize(benchmark, qf, gf, seed, options, against and load(against))
-    result |= dict(source=Path(source).name, checkpoint_digest=sha256(source))
-    if against:
-        other = dict(source=Path(against).name, checkpoint_digest=sha256(against))
-        result['comparison'] |= other
-    if known and (said := check_drift(known, benchmark, qf, gf)): result['drift'] = said
+    other = load_features(benchmark, against, against in ready, options) if against else None
+    result = summarize(benchmark, qf, gf, seed, options, other)
+    result |= name_source(source)
+    if against: result['comparison'] |= name_source(against)
+    warning = check_drift(known, benchmark, qf, gf) if known else ''
+    if warning: result['drift'] = warning
     if out: write_json(out, result)
     return result
+
 
 # %% ../nbs/06_evaluate.ipynb #5b2fe337
 def calibrate(
@@ -575,14 +643,12 @@ def calibrate(
     seed:int=0, # Of the split and of the draws
 )->dict: # The result of the evaluation; raises `BadInput`, also where there are too few people
     "Measure the thresholds that decide who is recognised, and write them beside the checkpoint."
-    if not ckpt:
-        from reid_nb.small_model import SMALL
-        ckpt = SMALL
+    ckpt = ckpt or shipped_model()
     benchmark = read_benchmark(protocol, data)
     result = summarize(benchmark, *features_of(benchmark, ckpt), seed)
-    result |= dict(source=Path(ckpt).name, checkpoint_digest=sha256(ckpt))
+    result |= name_source(ckpt)
     if not result['thresholds']: raise BadInput(f'{data}: too few people to choose thresholds from: four at least')
-    keep_thresholds(ckpt, result)
+    write_thresholds(ckpt, result)
     return result
 
 # %% ../nbs/06_evaluate.ipynb #0623e662
@@ -665,13 +731,14 @@ def camera_matrix(
     qf, # float[q,d]
     gf, # float[g,d]
 )->dict: # query, gallery: cameras; mAP, rank1: float[cameras,cameras], nan: nothing to find
-    "Figures for each pair of cameras: the query's and the gallery's."
+    "Compute mAP and Rank-1 for each pair of cameras: the query's and the gallery's."
     check_features(benchmark, qf, gf)
-    (_, qc), (_, gc) = labels(benchmark.query), labels(benchmark.gallery)
+    qc, gc = labels(benchmark.query)[1], labels(benchmark.gallery)[1]
     rows, columns = np.unique(qc), np.unique(gc)
     out = np.full((2, len(rows), len(columns)), np.nan)
     for i, j in np.ndindex(out.shape[1:]):
-        try: f = rank(*part_of(benchmark, qf, gf, (qc == rows[i], gc == columns[j]))).figures()
+        part = qc == rows[i], gc == columns[j]
+        try: f = rank(*select_part(benchmark, qf, gf, part)).figures()
         except BadInput: continue    # no query of this pair has an answer
         out[:, i, j] = f['mAP'], f['rank1']
     return dict(query=rows.tolist(), gallery=columns.tolist(), mAP=out[0], rank1=out[1])
@@ -702,6 +769,38 @@ def embedding_map(
     ax.legend(fontsize=7)
     return fig
 
+# %% ../nbs/06_evaluate.ipynb #e1f69f02
+def describe_threshold(
+    target:str, # The false match rate, a key of a result's `thresholds`
+    p:dict, # What is kept of it there
+)->str: # One line
+    "Describe an operating point in one line."
+    doubt = ' (too few pairs to rely on)' if p['errors'] < 30 else ''
+    return (f"FMR {target:5} threshold {p['threshold']:.3f} [{p['low']:.3f}, {p['high']:.3f}]; "
+            f"on other people FMR {p['fmr']:.4f}, TMR {p['tmr']:.4f}{doubt}")
+
+# %% ../nbs/06_evaluate.ipynb #2a1baa3a
+def describe_result(
+    result:dict, # Of `evaluate`
+)->str: # Several lines
+    "Describe a result as text: what was measured on what, figures with intervals, thresholds."
+    r = result
+    used = [name if value is True else f'{name} {value}' for name, value in r.get('options', {}).items()]
+    lines = [f"{r['source']} under {r['protocol']}: {r['answerable']:,} queries of "
+             f"{r['identities']:,} people, {r['gallery']:,} gallery pictures",
+             f"data {r['data_digest'][:16]}, model {r['checkpoint_digest'][:16]}, seed {r['seed']}, "
+             f"options: {', '.join(used) or 'none'}"]
+    lines += [f'note: {note}' for note in r['notes']]
+    for name, f in {**r['figures'], 'AUC': r['pairs']['auc'], 'EER': r['pairs']['eer']}.items():
+        lines.append(f"{name:8}{f['value']:8.4f}   95 % [{f['low']:.4f}, {f['high']:.4f}]")
+    lines += [describe_threshold(target, p) for target, p in r['thresholds'].items()]
+    if 'comparison' in r:
+        lines.append(f"more than {r['comparison']['source']}, same queries:")
+        for name, f in r['comparison']['figures'].items():
+            lines.append(f"{name:8}{f['value']:+8.4f}   95 % [{f['low']:+.4f}, {f['high']:+.4f}]")
+    if 'drift' in r: lines.append(f"warning: {r['drift']}")
+    return '\n'.join(lines)
+
 # %% ../nbs/06_evaluate.ipynb #f73baf02
 @partial(command, word='ckpt')
 def reid_evaluate(
@@ -720,24 +819,11 @@ def reid_evaluate(
     against:str=None, # Compare with this: another checkpoint, or an npz of features
 ):
     "Score a checkpoint, or features made elsewhere, under a protocol."
-    r = evaluate(ckpt, data, protocol, out, features, embed_only, seed, flip, rerank, expand,
-                 multi_query, rounds, against)
-    if embed_only: return print(f'{embed_only}: written')
-    print(f"{r['source']} under {r['protocol']}: {r['answerable']:,} queries of "
-          f"{r['identities']:,} people, {r['gallery']:,} gallery pictures")
-    used = [k if v is True else f'{k} {v}' for k, v in r.get('options', {}).items()]
-    print(f"data {r['data_digest'][:16]}, model {r['checkpoint_digest'][:16]}, seed {r['seed']}, "
-          f"options: {', '.join(used) or 'none'}")
-    for note in r['notes']: print(f'note: {note}')
-    for name, f in {**r['figures'], 'AUC': r['pairs']['auc'], 'EER': r['pairs']['eer']}.items():
-        print(f"{name:8}{f['value']:8.4f}   95 % [{f['low']:.4f}, {f['high']:.4f}]")
-    for target, p in r['thresholds'].items(): print(say_threshold(target, p))
-    if against:
-        print(f"more than {r['comparison']['source']}, same queries:")
-        for name, f in r['comparison']['figures'].items():
-            print(f"{name:8}{f['value']:+8.4f}   95 % [{f['low']:+.4f}, {f['high']:+.4f}]")
-    if 'drift' in r: print(f"warning: {r['drift']}")
-    if out:
+    r = evaluate(ckpt, data, protocol, out=out, features=features, embed_only=embed_only, seed=seed, flip=flip,
+                 rerank=rerank, expand=expand, multi_query=multi_query, rounds=rounds, against=against)
+    if embed_only: print(f'{embed_only}: written')
+    else: print(describe_result(r))
+    if out and not embed_only:
         import matplotlib
         matplotlib.use('agg', force=False)
         with atomic_write(Path(out).with_suffix('.png'), 'wb') as f: plot_roc(r).savefig(f, dpi=150)
@@ -753,4 +839,4 @@ def reid_calibrate(
     "Measure the thresholds that decide who is recognised, and write them beside the checkpoint."
     r = calibrate(ckpt, data, protocol, seed)
     print(f"{r['source']} on {r['protocol']}, {r['identities']:,} people, data {r['data_digest'][:16]}:")
-    for target, p in r['thresholds'].items(): print(say_threshold(target, p))
+    for target, p in r['thresholds'].items(): print(describe_threshold(target, p))

@@ -30,8 +30,8 @@ from .crop_store import CropDataset, CropStore
 from .dataset import BadInput, command
 from .sessions import Session, outcome, team
 from .toy_city import rng_of
-from .views import (AUGMENTS, Augment, ViewPairs, ahead, autocast, choose, crop_batches, pack_pairs,
-                           parse_size, pick_device, render, render_exact, render_pairs, to_input)
+from .views import (AUGMENTS, Augment, ViewPairs, autocast, choose, crop_batches, pack_pairs,
+                           parse_size, pick_device, prefetch, render_pairs, to_input)
 
 # %% ../nbs/04_moco.ipynb #8d3380a3
 def contrast(
@@ -287,7 +287,7 @@ def validator(
 # %% ../nbs/04_moco.ipynb #14437de7
 OPTIMIZERS = dict(sgd=partial(torch.optim.SGD, lr=0, momentum=.9, weight_decay=1e-4),
                   adamw=partial(torch.optim.AdamW, lr=0, weight_decay=1e-4))
-DRAWS = dict(fast=render, exact=render_exact, device=None)
+DRAWS = 'fast','device'
 
 def view_loader(
     crops:CropDataset, # Where to take them from
@@ -303,8 +303,11 @@ def view_loader(
     choose(['crop','track'], positives, 'positives'); choose(['all','video'], negatives, 'negatives')
     tracks = crops.store.tracks[crops.idx] if positives=='track' else None
     places = crops.store.rows['folder'][crops.idx].astype(int) if negatives=='video' else None
-    pairs = ViewPairs(crops, views, seed, tracks, places, DRAWS[choose(DRAWS, draw, 'draw')])
-    collate = pack_pairs if draw=='device' else torch.utils.data.default_collate
+    if choose(DRAWS, draw, 'draw')=='device':
+        rows,jpegs = crops.store.rows[crops.idx],torch.utils.data.Subset(crops.store, crops.idx)
+        pairs = ViewPairs(jpegs, views, seed, tracks, places, np.stack([rows['height'], rows['width']], 1))
+        collate = pack_pairs
+    else: pairs,collate = ViewPairs(crops, views, seed, tracks, places),torch.utils.data.default_collate
     return torch.utils.data.DataLoader(pairs, batch_sampler=batches, num_workers=workers,
                                        collate_fn=collate, pin_memory=torch.cuda.is_available())
 
@@ -395,7 +398,7 @@ def pretrain(
         x,places = (render_pairs(items, views, device),items['places']) if draw=='device' else items
         places = None if negatives=='all' else places.to(device, non_blocking=True)
         return *[to_input(x[:,i], mean, std, device) for i in (0,1)],places
-    for x_q,x_k,places in session.steps(ahead(loader, prepare, device), total, 'MoCo', batch):
+    for x_q,x_k,places in session.steps(prefetch(loader, prepare, device), total, 'MoCo', batch):
         rate = opt.param_groups[0]['lr'] = lr_at(session.step, total, batch, lr)
         told = train_step(net, opt, x_q, x_k, places, scaler, precision, accumulate, clip)
         session.log(max(1, total//100), **told, lr=rate, queue_age=min(session.step+1, keep))

@@ -1,4 +1,4 @@
-"The benchmarks room: readers, protocols, exact ranking against torchreid and against a slow plain reference."
+"Benchmarks: readers, protocols, exact ranking against torchreid and against a slow plain reference."
 import os
 import shutil
 
@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 from scipy.io import savemat
 
 from reid_nb.benchmarks import (
-    PROTOCOLS, WORLD, Benchmark, Protocol, Sample, blocks, chance, color_histogram, cuhk03_split, distances, labels,
-    rank, rank_rows, read_benchmark, register, roc_points, score_counts)
+    PROTOCOLS, SPLIT_PIDS, Benchmark, Protocol, Sample, blocks, chance, color_histogram, cuhk03_split, distances,
+    labels, rank, rank_rows, read_benchmark, register, roc_points, score_counts)
 from reid_nb.dataset import BadInput
 
 def benchmark(qp, qc, gp, gc):
@@ -200,11 +200,11 @@ def test_cuhk03_classic(tmp_path, boxes):
     assert len(list((tmp_path/'cuhk03_release'/'cuhk03_pictures'/boxes).iterdir())) == 157
     for s in bench.query[::17] + bench.gallery[::7]:
         pair, person, cam, n = map(int, s.path.stem.split('_'))
-        assert s.pid % WORLD == 1000*pair + person and s.camid == cam
+        assert s.pid % SPLIT_PIDS == 1000*pair + person and s.camid == cam
         assert (cv2.imread(str(s.path))[..., ::-1] == picture(boxes, pair, person, n - 1)).all()
     assert {s.camid for s in bench.query} == {1} and {s.camid for s in bench.gallery} == {2}
-    worlds = [s.pid//WORLD for s in bench.gallery]
-    assert worlds == sorted(worlds) and set(worlds) == set(range(1, 21)) and len(bench.gallery) == 60
+    splits = [s.pid//SPLIT_PIDS for s in bench.gallery]
+    assert splits == sorted(splits) and set(splits) == set(range(1, 21)) and len(bench.gallery) == 60
     assert 'expected 14,09' in bench.notes[0] and bench.train == []
     again = read_benchmark(f'cuhk03_classic_{boxes}', root)
     assert again.gallery == bench.gallery and again.digest == bench.digest
@@ -212,10 +212,10 @@ def test_cuhk03_classic(tmp_path, boxes):
     assert chance(bench)['rank1'] == pytest.approx(1/3)
     assert chance(bench)['mAP'] == pytest.approx((1 + 1/2 + 1/3)/3)
     pids = labels(bench.query)[0], labels(bench.gallery)[0]
-    oracle = [np.eye(5000)[p % WORLD] for p in pids]
+    oracle = [np.eye(5000)[p % SPLIT_PIDS] for p in pids]
     assert set(rank(bench, *oracle).figures().values()) == {1.}
 
-def test_classic_worlds_equal_single_splits(tmp_path):
+def test_all_splits_equal_single_ones(tmp_path):
     "All splits at once, and the mean over splits worked out one by one"
     root = write_cuhk03(tmp_path)
     bench, r = read_benchmark('cuhk03_classic_labeled', root), np.random.default_rng(0)
@@ -223,7 +223,7 @@ def test_classic_worlds_equal_single_splits(tmp_path):
     def of(samples): return np.array([feature[s.path.name] for s in samples])
     scores, aps = rank(bench, of(bench.query), of(bench.gallery)), []
     for k in range(1, 21):
-        query, gallery = ([s for s in part if s.pid//WORLD == k] for part in (bench.query, bench.gallery))
+        query, gallery = ([s for s in part if s.pid//SPLIT_PIDS == k] for part in (bench.query, bench.gallery))
         dist = distances(of(query), of(gallery))
         for s, row in zip(query, dist):
             better = sum(row < row[[g.pid for g in gallery].index(s.pid)])
@@ -235,7 +235,7 @@ def test_one_classic_split_can_be_trained_on(tmp_path, monkeypatch):
     root = write_cuhk03(tmp_path)
     register(cuhk03_split('detected', 7))
     bench = read_benchmark('cuhk03_classic_detected_split07', root)
-    tested = {s.pid % WORLD for s in bench.query}
+    tested = {s.pid % SPLIT_PIDS for s in bench.query}
     assert tested == {1003, 2004, 4001} and not tested & {s.pid for s in bench.train}
     assert len({s.pid for s in bench.train}) == sum(PEOPLE) - 3
 

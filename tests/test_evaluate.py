@@ -1,4 +1,4 @@
-"The evaluation room: intervals, thresholds, open-set search, options, drift, the result file, its command, bad input."
+"Evaluation: intervals, thresholds, open-set search, options, drift, the result file, its command, bad input."
 import json
 import shutil
 from dataclasses import replace
@@ -14,10 +14,10 @@ from reid_nb.benchmarks import (
     score_counts)
 from reid_nb.dataset import BadInput
 from reid_nb.evaluate import (
-    auc_eer, average_queries, bootstrap, camera_matrix, check_rerank, compare, draw_people, drift, embedding_map,
-    evaluate, expand_queries, features_of, identification_rate, open_set, operating_points, pair_figures, plot_rates,
-    plot_roc, plot_scores, rank_lists, rank_with, rates, read_features, rerank_distances, some_of_each, split_people,
-    summarize, threshold_at, write_features)
+    auc_eer, average_queries, bootstrap, camera_matrix, check_rerank, compare_scores, draw_people, embedding_map,
+    evaluate, expand_queries, features_of, find_drift, identification_rate, open_set, operating_points, pair_figures,
+    plot_rates, plot_roc, plot_scores, rank_lists, rank_with, rates, read_features, rerank_distances, some_of_each,
+    split_people, summarize, threshold_at, write_features)
 
 FIGURES = {'mAP', 'rank1', 'rank5', 'rank10', 'mINP'}
 
@@ -337,8 +337,8 @@ def test_comparison(colors):
     "Nothing but zeros with itself; for others a mean of differences, on the same draws"
     bench, qf, gf, _ = colors
     a, b = rank(bench, qf, gf), rank(bench, qf[:, :216], gf[:, :216])
-    assert all(f == dict(value=0, low=0, high=0) for f in compare(a, a).values())
-    got, people = compare(a, b, seed=2, times=50), np.unique(a.pids[a.valid])
+    assert all(f == dict(value=0, low=0, high=0) for f in compare_scores(a, a).values())
+    got, people = compare_scores(a, b, seed=2, times=50), np.unique(a.pids[a.valid])
     def mean(scores, w):
         ap, pids = scores.ap[scores.valid], scores.pids[scores.valid]
         return np.mean(np.concatenate([np.repeat(ap[pids == p], n) for p, n in zip(people, w)]))
@@ -346,7 +346,7 @@ def test_comparison(colors):
     assert np.allclose([got['mAP']['low'], got['mAP']['high']], np.percentile(drawn, [2.5, 97.5]))
     assert got['mAP']['value'] == pytest.approx(a.figures()['mAP'] - b.figures()['mAP'])
     for other in replace(b, pids=b.pids[::-1]), replace(b, protocol='x'), replace(b, ap=b.ap*np.nan):
-        with pytest.raises(BadInput, match='the same queries'): compare(a, other)
+        with pytest.raises(BadInput, match='the same queries'): compare_scores(a, other)
 
 def test_options_are_named(toy, colors, tmp_path, run):
     bench, qf, gf, path = colors
@@ -361,7 +361,7 @@ def test_options_are_named(toy, colors, tmp_path, run):
     scores = [rank_with(bench, f, g, result['options']) for f, g in ((qf, gf), (qf[:, :216], gf[:, :216]))]
     assert result['figures']['mAP']['value'] == pytest.approx(scores[0].figures()['mAP'])
     assert result['comparison']['source'] == 'half.npz' and len(result['comparison']['checkpoint_digest']) == 64
-    assert result['comparison']['figures'] == compare(*scores)
+    assert result['comparison']['figures'] == compare_scores(*scores)
     for a, b in zip(result['thresholds'].values(), plain['thresholds'].values(), strict=True):
         assert a['threshold'] == pytest.approx(b['threshold'], abs=1e-3)
     assert not {'options', 'comparison', 'drift'} & plain.keys() and plain['notes'] == bench.notes
@@ -403,16 +403,16 @@ def test_drift_by_hand():
     "Ten bins of equal share; all new scores in the first two of them"
     known = dict(scores=dict(edges=np.linspace(0, 1, 11).tolist(), impostor=[10]*10))
     index = 2*.4*np.log(5) + 8*(1e-4 - .1)*np.log(1e-4/.1)
-    assert f'index {index:.2f},' in drift(known, [.05, .15]) and drift(known, [.05, .15], [7, 7])
-    assert drift(known, np.linspace(.05, .95, 10)) == drift({}, [.5]) == drift(known, []) == ''
+    assert f'index {index:.2f},' in find_drift(known, [.05, .15]) and find_drift(known, [.05, .15], [7, 7])
+    assert find_drift(known, np.linspace(.05, .95, 10)) == find_drift({}, [.5]) == find_drift(known, []) == ''
 
 def test_drift_is_not_seen_in_more_of_the_same():
     "Other people of the same law raise no alarm, a shift by a standard deviation does"
     r, fine = np.random.default_rng(0), np.linspace(-1, 1, 513)
     old = np.histogram(r.normal(.3, .1, 100_000), fine)[0]
     known = dict(scores=dict(edges=fine.tolist(), impostor=old.tolist()))
-    assert not any(drift(known, r.normal(.3, .1, 500)) for _ in range(50))
-    assert all(drift(known, r.normal(m, .1, 500)) for m in (.2, .4)) and drift(known, r.normal(.3, .03, 500))
+    assert not any(find_drift(known, r.normal(.3, .1, 500)) for _ in range(50))
+    assert all(find_drift(known, r.normal(m, .1, 500)) for m in (.2, .4)) and find_drift(known, r.normal(.3, .03, 500))
 
 def test_camera_by_camera(colors):
     bench, qf, gf, _ = colors
@@ -467,11 +467,11 @@ def test_colours_on_cuhk03_p1(data, tmp_path, run):
 
 def test_classic_cuhk03_counts_people_once(tmp_path):
     "A person of several splits is one person for intervals and for the halves of the thresholds"
-    from reid_nb.benchmarks import PROTOCOLS, Benchmark, Sample, make_worlds, score_counts
+    from reid_nb.benchmarks import PROTOCOLS, Benchmark, Sample, join_splits, score_counts
     samples = [Sample(tmp_path/f'{pid}_{cam}_{n}.png', pid, cam)
                for pid in range(1, 9) for cam in (1, 2) for n in (0, 1)]
     r = np.random.default_rng(0)
-    query, gallery = make_worlds(samples, [r.permutation(np.arange(1, 9))[:5].tolist() for _ in range(20)])
+    query, gallery = join_splits(samples, [r.permutation(np.arange(1, 9))[:5].tolist() for _ in range(20)])
     bench = Benchmark([], query, gallery, 'x', [], (), PROTOCOLS['cuhk03_classic_labeled'])
     qf, gf = r.normal(size=(len(query), 8)), r.normal(size=(len(gallery), 8))
     assert set(score_counts(bench, qf, gf).pids) == set(range(1, 9))

@@ -248,7 +248,7 @@ def test_shuffled_keys_come_home(tmp_path):
     assert torchrun(script).count('fine')==2
 
 @pytest.mark.parametrize('kw', [dict(positives='track'), dict(negatives='video'), dict(draw='device'),
-                                dict(draw='device', negatives='video'), dict(draw='exact'), dict(accumulate=2),
+                                dict(draw='device', negatives='video'), dict(accumulate=2),
                                 dict(clip=.1), dict(precision='fp16'), dict(optimizer='adamw')], ids=str)
 def test_options_train(store, tmp_path, kw):
     h = load_checkpoint(pretrain(store, tmp_path, **{**FAST, 'epochs': 1}, **kw))[1]['history']

@@ -1,16 +1,47 @@
-"The views room: dice against torchvision's, three ways to carry them out, pairs of crops and of tracks."
+"Views and devices: parameters drawn as torchvision draws them, the two renderers against its own functions, input."
+import math
+
 import cv2
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torchvision import transforms as T
+from torchvision.transforms import functional as tv
 
 from reid_nb.dataset import BadInput
 from reid_nb.toy_city import rng_of
-from reid_nb.views import (AUGMENTS, Augment, View, ahead, autocast, color_maps, crop_batches, middle_box, pack_pairs,
-                           pick_precision, random_box, render, render_batch, render_exact, render_pairs, tabulate,
-                           to_canvas, to_input)
+from reid_nb.views import (AUGMENTS, Augment, View, ViewPairs, autocast, color_maps, crop_batches, middle_box,
+                           pack_pairs, pick_precision, prefetch, random_box, render, render_batch, render_pairs,
+                           tabulate, to_canvas, to_input)
+
+def render_exact(img, view, size, fill=(128,128,128)):
+    "Render one view number for number as torchvision does from a tensor."
+    x = tv.resized_crop(torch.from_numpy(img).permute(2,0,1), *view.box, size, antialias=True)
+    jitters = tv.adjust_brightness,tv.adjust_contrast,tv.adjust_saturation,tv.adjust_hue
+    for i in view.order if view.jitter else (): x = jitters[i](x, view.jitter[i])
+    if view.gray: x = tv.rgb_to_grayscale(x, 3)
+    if view.sigma: x = tv.gaussian_blur(x, max(13, 2*math.ceil(3*view.sigma)+1), view.sigma)
+    if view.flip: x = tv.hflip(x)
+    if view.erase: x = tv.erase(x, *view.erase, torch.tensor(fill).view(3,1,1).to(x))
+    return x.permute(1,2,0).numpy()
+
+def test_the_oracle_is_torchvisions_pipeline():
+    "Its parameters come from one generator, one after another: the same seed draws them again."
+    size,img = (128,64),np.random.default_rng(0).integers(0, 255, (100,50,3), np.uint8)
+    pipeline = T.Compose([T.RandomResizedCrop(size, (.2,1)), T.ColorJitter(.4,.4,.4,.1),
+                          T.GaussianBlur(13), T.RandomHorizontalFlip()])
+    def drawn(x):
+        box = T.RandomResizedCrop.get_params(x, [.2,1], [3/4,4/3])
+        order,*jitter = T.ColorJitter.get_params(*[(.6,1.4)]*3, (-.1,.1))
+        sigma = T.GaussianBlur.get_params(.1, 2)
+        return View(box, jitter, tuple(order.tolist()), sigma=sigma, flip=bool(torch.rand(1)<.5))
+    x = torch.from_numpy(img).permute(2,0,1)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        theirs = pipeline(x).permute(1,2,0).numpy()
+        torch.manual_seed(seed)
+        assert (render_exact(img, drawn(x), size)==theirs).all()
 
 def test_every_crop_once_an_epoch():
     steps = list(crop_batches(20, 4, 0, 10, seed=3))
@@ -51,8 +82,8 @@ def test_odds(name, odds):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 200), st.integers(1, 200), st.sampled_from(sorted(AUGMENTS)))
-def test_three_ways_agree(seed, h, w, how):
-    "The same dice on a smooth picture: OpenCV, a batch of tensors and torchvision; hue apart, see the lesson."
+def test_two_renderers_agree_with_torchvision(seed, h, w, how):
+    "The same parameters on a smooth picture; without hue, which torchvision turns in another colour space."
     # Colours that never clip: torchvision clips after each of its steps, and rounds down in each.
     y, x = np.mgrid[:h,:w]
     img = np.stack([80+60*y/h, 140-60*x/w, 110+30*np.sin(y/9)], 2).astype(np.uint8)
@@ -69,8 +100,8 @@ def packed(how, n=12):
     for i in range(n):
         y, x = np.mgrid[:90+i,:40+2*i]
         img = np.stack([80+y, 200-x, 110+30*np.sin(y/9+i)], 2).astype(np.uint8)
-        dice = [aug.draw(img.shape[:2], rng_of(i, k)) for k in (0,1)]
-        items.append(([cv2.imencode('.jpg', img)[1].tobytes()], dice, i))
+        views = [aug.draw(img.shape[:2], rng_of(i, k)) for k in (0,1)]
+        items.append(([cv2.imencode('.jpg', img)[1].tobytes()], views, i))
     return aug, pack_pairs(items)
 
 @pytest.mark.parametrize('how', AUGMENTS)
@@ -79,19 +110,33 @@ def test_a_gpu_draws_what_a_cpu_draws(how, cuda):
     here, there = render_pairs(batch, aug), render_pairs(batch, aug, cuda)
     assert there.is_cuda and (there.cpu().int() - here.int()).abs().float().mean()<2
 
+def test_pairs_need_no_store():
+    "Pictures, or bytes with sizes: the same parameters either way, and a crop with no track is its own mate."
+    r = np.random.default_rng(0)
+    imgs = [r.integers(0, 255, (40+i,20,3), np.uint8) for i in range(6)]
+    jpegs = [cv2.imencode('.png', im[...,::-1])[1].tobytes() for im in imgs]
+    aug,tracks = Augment((32,16), **AUGMENTS['luperson']),np.array([0,0,1,1,-1,-1])
+    here = ViewPairs(imgs, aug, 3, tracks, range(6))
+    there = ViewPairs(jpegs, aug, 3, tracks, range(6), [im.shape[:2] for im in imgs])
+    for i in range(6):
+        (pair,place),(data,views,same) = here[1,i],there[1,i]
+        assert len(data)==(2 if i<4 else 1) and data[0]==jpegs[i] and place==same==i
+        which = [imgs[jpegs.index(d)] for d in data]
+        assert all((render(which[k], v, aug.size)==pair[k]).all() for k,v in zip((0,-1), views))
+
 def test_a_broken_crop_is_named():
     aug, batch = packed('luperson')
     batch['data'][batch['ends'][3]:batch['ends'][4]] = 0
     with pytest.raises(BadInput, match='a crop is broken'): render_pairs(batch, aug)
 
-def test_batches_made_ahead_are_whole_and_in_order(cuda):
+def test_prefetched_batches_are_whole_and_in_order(cuda):
     def prepare(i): return torch.full((2000,2000), i, device=cuda).cumsum(0), None
-    for i,(x,none) in enumerate(ahead(range(30), prepare, cuda)):
+    for i,(x,none) in enumerate(prefetch(range(30), prepare, cuda)):
         assert none is None and (x[-1]==2000*i).all()
     assert i==29
-    for x,_ in ahead(iter(range(10**9)), prepare, cuda): break   # who stops early is not held up
+    for x,_ in prefetch(iter(range(10**9)), prepare, cuda): break   # who stops early is not held up
     def fails(i): return (torch.full((2,), 1/(3-i), device=cuda),)
-    with pytest.raises(ZeroDivisionError): assert len([*ahead(range(9), fails, cuda)])
+    with pytest.raises(ZeroDivisionError): assert len([*prefetch(range(9), fails, cuda)])
 
 def test_unknown_precision():
     with pytest.raises(BadInput, match='choose one of fp32, bf16, fp16'): autocast(torch.device('cpu'), 'int8')

@@ -22,7 +22,7 @@ from reid_nb.benchmarks import Benchmark, Protocol, Sample, read_benchmark, scor
 from reid_nb.crop_store import CropDataset, CropStore, decode, pack
 from reid_nb.dataset import BadInput, encode_jpeg, yolo_boxes
 from reid_nb.detections import Dets
-from reid_nb.evaluate import operating_points, part_of, split_people
+from reid_nb.evaluate import operating_points, select_part, split_people
 from reid_nb.finetune import RECIPES, alter, finetune, pk_batches
 from reid_nb.gallery import Gallery
 from reid_nb.heads import ReidModel
@@ -345,7 +345,7 @@ def test_thresholds_are_checked_on_people_who_did_not_choose_them():
     features = rng_of('features').normal(size=(40,16))
     features[~chooses] += 3
     found = operating_points(bench, features, features, times=10)['0.01']
-    a,b = [score_counts(*part_of(bench, features, features, half)) for half in split_people(bench, 0)]
+    a,b = [score_counts(*select_part(bench, features, features, half)) for half in split_people(bench, 0)]
     def fmr(counts):
         return counts.impostor.sum(0)[counts.edges[:-1]>=found['threshold']-1e-9].sum()/counts.impostor.sum()
     assert fmr(a) <= .01 and fmr(b) > .5 and found['fmr'] == pytest.approx(fmr(b), abs=1e-6)

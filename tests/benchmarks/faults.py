@@ -42,8 +42,8 @@ FAULTS = [
     ('moco', '/max(1,total-up)))/2', '/max(1,2*total-up)))/2', 'tests/test_moco.py -k schedule'),
     ('moco', 'opt.zero_grad()\n    moco.enqueue', 'pass\n    moco.enqueue', WIRING + ' -k gradient'),
     # Views
-    ('views', 'dice = [self.augment.draw(shapes[k], rng) for k in (0,-1)]',
-     'dice = [self.augment.draw(shapes[0], rng)]*2', WIRING + ' -k views'),
+    ('views', 'views = [self.augment.draw(sizes[k], rng) for k in (0,-1)]',
+     'views = [self.augment.draw(sizes[0], rng)]*2', WIRING + ' -k views'),
     ('views', 'return (-mean/std).to(device),(1/(255*std)).to(device)',
      'return (-mean).to(device),(1/(255*std)).to(device)',
      WIRING + ' -k deviation'),

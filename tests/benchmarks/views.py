@@ -3,8 +3,8 @@
     python tests/benchmarks/views.py STORE [--crops 512] [--repeats 5] [--size 256x128]
 
 The usual loader decodes with PIL and alters with torchvision's transforms, as MoCo's and LUPerson's code does; ours
-draws the same recipe with OpenCV (`render`), with torchvision's functions on tensors (`render_exact`), and as a batch
-of tensors on the CPU (`render_pairs`, made for a GPU). The views are `luperson` and `moco_v2`.
+renders the same recipe with OpenCV (`render`), and as a batch of tensors on the CPU (`render_pairs`, made for a GPU).
+The views are `luperson` and `moco_v2`.
 """
 import argparse
 import io
@@ -25,8 +25,7 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as T
 
 from reid_nb.crop_store import CropDataset
-from reid_nb.views import (AUGMENTS, Augment, ViewPairs, pack_pairs, parse_size, render, render_exact, render_pairs,
-                           to_input)
+from reid_nb.views import AUGMENTS, Augment, ViewPairs, pack_pairs, parse_size, render_pairs, to_input
 
 MEAN, STD = (.3525, .3106, .3140), (.2660, .2522, .2505)
 
@@ -53,33 +52,34 @@ def main():
     size, crops = parse_size(args.size), CropDataset(args.store)
     picked = np.random.default_rng(0).integers(len(crops), size=args.crops).tolist()
     batches = [picked[i:i+args.batch] for i in range(0, len(picked), args.batch)]
-    shapes = crops.store.rows[crops.idx[picked]]
+    rows = crops.store.rows[crops.idx]
+    jpegs,sizes = torch.utils.data.Subset(crops.store, crops.idx),np.stack([rows['height'], rows['width']], 1)
+    height,width = np.median(sizes[picked], 0).astype(int)
     print(f'{platform.machine()}, one core of {os.cpu_count()}, Python {platform.python_version()}, '
           f'torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}, '
-          f'OpenCV {cv2.__version__}; {args.crops} crops of median {int(np.median(shapes["height"]))}x'
-          f'{int(np.median(shapes["width"]))}, views of {args.size}')
+          f'OpenCV {cv2.__version__}; {args.crops} crops of median {height}x{width}, views of {args.size}')
 
     def usual(how):
         recipe = pil_recipe(size, how.get('jitter', 0), how.get('erase', 0))
         for b in batches:
             imgs = [Image.open(io.BytesIO(crops.store[crops.idx[i]])).convert('RGB') for i in b]
             yield torch.stack([torch.stack([recipe(im) for im in imgs]) for _ in 'qk'], 1)
-    def ours(how, draw):
-        pairs = ViewPairs(crops, Augment(size, **how), render=draw)
+    def ours(how):
+        pairs = ViewPairs(crops, Augment(size, **how))
         for b in batches:
             x = torch.from_numpy(np.stack([pairs[0, i][0] for i in b]))
             yield [to_input(x[:, k], MEAN, STD) for k in (0, 1)]
     def as_batch(how):
         aug = Augment(size, **how)
-        pairs = ViewPairs(crops, aug, render=None)
+        pairs = ViewPairs(jpegs, aug, sizes=sizes)
         for b in batches:
             x = render_pairs(pack_pairs([pairs[0, i] for i in b]), aug)
             yield [to_input(x[:, k], MEAN, STD) for k in (0, 1)]
 
     for name in ('luperson', 'moco_v2'):
         how = AUGMENTS[name]
-        ways = {'PIL and torchvision': lambda: usual(how), 'render': lambda: ours(how, render),
-                'render_exact': lambda: ours(how, render_exact), 'render_pairs': lambda: as_batch(how)}
+        ways = {'PIL and torchvision': lambda: usual(how), 'render': lambda: ours(how),
+                'render_pairs': lambda: as_batch(how)}
         times = {k: [] for k in ways}
         for _ in range(args.repeats):
             for k, way in ways.items():
