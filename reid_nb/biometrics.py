@@ -21,7 +21,7 @@ from matplotlib import font_manager, ft2font
 from PIL import Image, ImageDraw, ImageFont
 
 from .benchmarks import read_rgb
-from .gallery import Gallery, as_json, clean_name, log
+from .gallery import Gallery, as_json, clean_name, log_event
 from .jobs import command
 from .people import (
     Shot, Template, Track, clock, describe, find_tracks, load_matcher, make_template, on_screen,
@@ -190,7 +190,7 @@ def identify(
     matcher = load_matcher(checkpoint)
     here = Gallery(gallery, matcher)
     who, name = (None, None) if claimed is None else here.find(claimed)
-    if name is None: here.index()   # an empty gallery complains before the long part
+    if name is None: here.index.load()   # an empty gallery complains before the long part
     zone = zone_of(here.thresholds, fmr)
     tracks = find_tracks(video, weights, start, stop, tell=tell)
     (good, why), times = require_somebody(video, tracks), clock(video)
@@ -198,7 +198,7 @@ def identify(
     outcome = Outcome(name, decisions, why, float(fmr), Path(weights).name, tracks)
     if film: draw_film(video, film, tracks, labels_of(outcome), start, stop, tell)
     event = 'identified' if name is None else 'verified'
-    with here.writing() as db: log(db, event, who, answer=outcome.answer, people=len(decisions))
+    with here.store.writing() as db: log_event(db, event, who, answer=outcome.answer, people=len(decisions))
     return outcome
 
 @delegates(identify, but=['claimed'])

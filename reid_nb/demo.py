@@ -234,7 +234,7 @@ def people(self:Desk)->list: # Of [name, other names, templates, crops, since]
 def history(self:Desk)->list: # Of [time, event, number, details], newest first
     "The log of the gallery."
     return [[time[:19].replace('T', ' '), event, number, re.sub(r'[{}"]', '', detail)]
-            for time, event, number, detail in (self.book().history()[::-1] if self.book() else [])]
+            for time, event, number, detail in (self.book().store.history()[::-1] if self.book() else [])]
 
 @patch
 def samples(self:Desk,

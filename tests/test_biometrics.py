@@ -226,7 +226,7 @@ def test_erasing_leaves_nothing_and_says_so(films, tmp_path):
     raw = (root/'gallery.sqlite').read_bytes()
     assert feature not in raw and b'Red' not in raw and not (root/'gallery.sqlite-journal').exists()
     assert files(root/'Red') == ['notes.txt'] and here.names() == ['Blue']
-    events = [(event, number) for _, event, number, _ in here.history()]
+    events = [(event, number) for _, event, number, _ in here.store.history()]
     assert events == [('enrolled', 1), ('enrolled', 2), ('verified', 1), ('erased', 1)]
     with pytest.raises(BadInput, match='not enrolled'): here.erase('Red')
     bio.enroll('Red', films['red'], root, MATCHER)
@@ -261,8 +261,8 @@ def after(n, f):
         return die() if n < 0 else f(*args)
     return g
 if sys.argv[3] == 'crop': gal.write_jpeg = after(int(sys.argv[4]), gal.write_jpeg)
-if sys.argv[3] == 'log': gal.log = die
-if sys.argv[3] == 'commit': gal.Gallery.settle = after(1, gal.Gallery.settle)
+if sys.argv[3] == 'log': gal.log_event = die
+if sys.argv[3] == 'commit': gal.GalleryStore.settle = after(1, gal.GalleryStore.settle)
 here = gal.Gallery(sys.argv[2], t.MATCHER, create=True)
 here.erase('Ada') if sys.argv[5] == 'erase' else here.add('Ada', t.template(t.BLUE))
 """
@@ -299,7 +299,7 @@ def test_two_processes_at_once(tmp_path):
     assert consistent(tmp_path/'g') == ['A 0', 'A 2', 'B 0', 'B 2', 'Both']
     here = gal.Gallery(tmp_path/'g')
     assert len(here.templates('Both')[0]) == 24 and len(here.templates('A 0')[0]) == 4
-    assert sum(e == 'erased' for _, e, _, _ in here.history()) == 8
+    assert sum(e == 'erased' for _, e, _, _ in here.store.history()) == 8
 
 def test_a_full_disk_stores_nothing(films, tiny_disk):
     bio.enroll('Red', films['red'], tiny_disk/'g', MATCHER)
@@ -314,8 +314,9 @@ def test_the_log_only_grows(tmp_path):
     here = gal.Gallery(tmp_path/'g', MATCHER, create=True)
     here.add('Ada', template())
     for query in ('DELETE FROM log', "UPDATE log SET event = ''"):
-        with pytest.raises(gal.sqlite3.IntegrityError, match='only grows'), here.writing() as db: db.execute(query)
-    assert len(here.history()) == 1
+        with pytest.raises(gal.sqlite3.IntegrityError, match='only grows'):
+            with here.store.writing() as db: db.execute(query)
+    assert len(here.store.history()) == 1
 
 # --- gate and tracks
 

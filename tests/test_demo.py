@@ -101,7 +101,7 @@ def test_the_network_is_loaded_once(ckpt, films, tmp_path, monkeypatch):
 def test_nobody_is_enrolled_without_consent(desk, films):
     assert 'consent' in desk.enroll(films['red'], 0, 59, 'Red', False).html and desk.names() == []
     desk.enroll(films['red'], 0, 59, 'Red', True)
-    assert gal.Gallery(desk.gallery).read('SELECT consent FROM templates') == [(demo.CONSENT,)]
+    assert gal.Gallery(desk.gallery).store.read('SELECT consent FROM templates') == [(demo.CONSENT,)]
 
 def test_deleting_gives_a_receipt_and_takes_the_query_too(known, films, tmp_path):
     known.identify(films['red'], 0, 59, 'gallery', 'query', '0.01')

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from reid_nb.biometrics import decide
-from reid_nb.gallery import Gallery, fold, now
+from reid_nb.gallery import Gallery, fold_name, utc_now
 from reid_nb.people import Matcher, Shot, Template, Track
 
 
@@ -26,11 +26,11 @@ def fill(here, n, size):
     "Random people into a gallery; returns their features"
     f = np.random.default_rng(0).normal(size=(n, size)).astype(np.float32)
     f /= np.linalg.norm(f, axis=1, keepdims=True)
-    with here.change() as (db, note):
-        names = [(f'Person {k}', fold(f'Person {k}')) for k in range(n//2)]
+    with here.store.change() as db:
+        names = [(f'Person {k}', fold_name(f'Person {k}')) for k in range(n//2)]
         db.executemany('INSERT INTO identities(name, folded) VALUES (?,?)', names)
         db.executemany('INSERT INTO templates VALUES (?,?,?,?,?)',
-                       ((k + 1, now(), k//2 + 1, '', x.tobytes()) for k, x in enumerate(f)))
+                       ((k + 1, utc_now(), k//2 + 1, '', x.tobytes()) for k, x in enumerate(f)))
         db.executemany('INSERT INTO samples VALUES (?,?,?,?)',
                        ((f'Person {k//2}/{k:08d}_00.jpg', x.tobytes(), 1., k + 1) for k, x in enumerate(f)))
     return f
@@ -58,7 +58,7 @@ def main():
         print(f'{a.templates:,} templates of {a.size} numbers, {platform.processor() or platform.machine()}, '
               f'numpy {np.__version__}')
         for search in 'exact', 'faiss':
-            here.use(search)
+            here.index.use(search)
             print(f'{search}: the first question, which reads all templates: '
                   f'{seconds(lambda: here.nearest(f[0])):.2f} s')
             rounds, right = [], 0
