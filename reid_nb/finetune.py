@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SBS', 'RECIPES', 'STATS', 'MODEL', 'Recipe', 'change_recipe', 'seeded', 'pk_batches', 'auto_augment', 'alter',
-           'TrainImages', 'take_labels', 'training_set', 'MarketFolder', 'TrainData', 'Trainer', 'finetune',
-           'load_model', 'embed', 'score', 'controls', 'print_controls', 'reid_finetune']
+           'TrainImages', 'take_labels', 'training_set', 'SessionLoader', 'Trainer', 'finetune', 'load_model', 'embed',
+           'score', 'controls', 'print_controls', 'reid_finetune']
 
 # %% ../nbs/05_finetune.ipynb #ecc2d8f9
 import ast, hashlib, math, os, random, sys, time, warnings
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -36,7 +37,6 @@ from .views import (autocast, choose, crop_batches, parse_size, pick_device, pic
 with warnings.catch_warnings():  # it tells that its compiled ranking is missing: ours needs none
     warnings.simplefilter('ignore')
     from torchreid.reid.data import ImageDataset
-    from torchreid.reid.data.datasets import register_image_dataset
     from torchreid.reid.data.sampler import RandomIdentitySampler
     from torchreid.reid.engine.engine import Engine
 
@@ -167,7 +167,7 @@ def alter(
 
 # %% ../nbs/05_finetune.ipynb #cdcf2afb
 class TrainImages(ImageDataset):
-    "torchreid's dataset, taken by (key, index): the key and the seed decide the dice."
+    "torchreid's dataset, taken by (key, index): the random state of an alteration is made from key and seed."
     def __init__(self,
         samples:list, # `Sample`s; identities 0, 1, 2, ...
         size, # Height and width in pixels
@@ -212,30 +212,23 @@ def training_set(
     if not bench.train: raise BadInput(f'{data}: no labelled pictures to train on')
     return bench
 
-# %% ../nbs/05_finetune.ipynb #ba2dd6ac
-class MarketFolder(ImageDataset):
-    "A Market-style folder for torchreid's `ImageDataManager`; `root` is the folder."
-    def __init__(self, root='', **kw):
-        bench = read_benchmark('market_folder', root)
-        parts = take_labels(bench.train),bench.query,bench.gallery
-        rows = [[(str(s.path), s.pid, s.camid) for s in part] for part in parts]
-        super().__init__(*rows, **kw)
-
-with suppress(ValueError): register_image_dataset('market_folder', MarketFolder)  # known when run again
-
 # %% ../nbs/05_finetune.ipynb #c9d394b9
-@dataclass
-class TrainData:
-    "What torchreid's engine asks of a data manager."
-    num_train_pids:int # Identities
-    train_loader:object=() # Batches of dict(img, pid, camid)
-    test_loader:dict=field(default_factory=dict) # Test sets by name: testing is the next lesson's
-    sources:tuple=() # Names of the training sets
+class SessionLoader:
+    "The batches that are left, for torchreid's loop; a session counts them, saves, and ends them in time."
+    def __init__(self,
+        session:Session, # Resumed
+        batches, # Iterable, beginning at `session.step`
+        total:int, # Steps planned
+        batch:int, # Images a step
+    ):
+        self.session,self.batches,self.total,self.batch = session,batches,total,batch
+
+    def __len__(self): return self.total-self.session.step
+    def __iter__(self): return self.session.steps(self.batches, self.total, 'fine-tuning', self.batch)
 
 class Trainer(Engine):
-    "torchreid's engine with a recipe, half precision and sessions."
+    "torchreid's engine with a recipe, half precision and a session; the loop is its `train`."
     def __init__(self,
-        data:TrainData, # Batches
         model:ReidModel, # On its device
         recipe:Recipe, # Losses and schedule
         mean, # Three numbers, 0 to 1
@@ -243,7 +236,7 @@ class Trainer(Engine):
         device, # Where the model is
         precision:str=None, # See `pick_precision`
     ):
-        super().__init__(data, use_gpu=device.type=='cuda')
+        super().__init__(SimpleNamespace(train_loader=(), test_loader={}), use_gpu=device.type=='cuda')
         learn = [p for p in model.parameters() if p.requires_grad]
         opt = torch.optim.Adam(learn, recipe.lr, weight_decay=recipe.decay, fused=device.type=='cuda')
         self.register_model('model', model, opt)
@@ -261,7 +254,7 @@ class Trainer(Engine):
     def result(self): return self.ema.module if self.ema else self.model
 
     def train_mode(self, frozen):
-        "Everything learns, or the heads alone"
+        "Let everything learn, or the heads alone."
         self.model.train()
         for part in (self.model.backbone, self.model.twins): part.train(not frozen).requires_grad_(not frozen)
 
@@ -269,8 +262,8 @@ class Trainer(Engine):
         y = data['pid'].to(self.device, non_blocking=True)
         return to_input(data['img'], self.mean, self.std, self.device),y
 
-    def forward_backward(self, data):
-        "One step; returns its numbers."
+    def train_batch(self, data):
+        "Take one step of the optimiser; returns its numbers."
         (x,y),r = self.parse_data_for_train(data),self.recipe
         with autocast(self.device, self.precision): logits,vectors,scores = self.model(x, y)
         loss = reid_loss(logits, vectors, y, r.softmax, r.smoothing, r.triplet, r.margin)
@@ -282,22 +275,34 @@ class Trainer(Engine):
         right = (scores.argmax(1)==y).float().mean()
         return dict(loss=loss, accuracy=right) if r.softmax else dict(loss=loss)
 
-    def run(self,
+    def fit(self,
         session:Session, # Resumed
+        batches, # Iterable, beginning at `session.step`
         total:int, # Steps planned
         validate=None, # Function of the model that returns numbers by name; see `validator`
         every:int=1, # Steps between validations
     ):
-        "All steps that the session has time for."
-        def frozen(step): return step<self.recipe.freeze*total
-        self.train_mode(frozen(session.step))
-        for batch in session.steps(self.train_loader, total, 'fine-tuning', self.recipe.batch):
-            lr,done = self.recipe.lr_at(session.step, total),session.step+1
-            for g in self.opt.param_groups: g['lr'] = lr
-            session.log(max(1, total//50), **self.forward_backward(batch), lr=lr)
-            due = validate and (done%every==0 or done==total)
-            if due: session.note(**validate(self.result.eval()))
-            if due or frozen(done)!=frozen(done-1): self.train_mode(frozen(done))
+        "Run torchreid's loop over all steps that the session has time for."
+        self.session,self.total,self.validate,self.every = session,total,validate,every
+        self.train_loader = SessionLoader(session, batches, total, self.recipe.batch)
+        self.train(print_freq=math.inf)
+
+    def frozen(self, step): return step<self.recipe.freeze*self.total
+
+    def two_stepped_transfer_learning(self, *_):
+        "Choose what learns at first; torchreid's loop calls it."
+        self.train_mode(self.frozen(self.session.step))
+
+    def forward_backward(self, data):
+        "Set the rate, take a step, note its numbers, validate; torchreid's loop calls it."
+        session,done = self.session,self.session.step+1
+        lr = self.recipe.lr_at(session.step, self.total)
+        for g in self.opt.param_groups: g['lr'] = lr
+        session.log(max(1, self.total//50), **self.train_batch(data), lr=lr)
+        due = self.validate and (done%self.every==0 or done==self.total)
+        if due: session.note(**self.validate(self.result.eval()))
+        if due or self.frozen(done)!=self.frozen(done-1): self.train_mode(self.frozen(done))
+
 
 # %% ../nbs/05_finetune.ipynb #bc926632
 STATS = dict(imagenet=((.485,.456,.406), (.229,.224,.225)),
@@ -344,8 +349,9 @@ def finetune(
     bench,device = training_set(data, protocol, split),pick_device(device)
     rest,held = hold_out(bench, validate, seed) if validate else (bench.train,None)
     train = take_labels(rest, labels, seed)
-    an_epoch = max(1, len(train)//rec.batch)
-    classes,total = len({s.pid for s in train}),rec.epochs*an_epoch
+    images = TrainImages(train, size, rec, tuple(255*m for m in mean), seed)
+    an_epoch = max(1, len(images)//rec.batch)
+    classes,total = images.num_train_pids,rec.epochs*an_epoch
     digest = hashlib.sha256(Path(init).read_bytes()).hexdigest() if init else None
     about = dict(arch=arch, size=size, mean=mean, std=std, digest=bench.digest)
     settings = dict(about, recipe=asdict(rec), labels=labels, seed=seed, init=digest, validate=validate)
@@ -358,17 +364,15 @@ def finetune(
     model = ReidModel(backbone, classes, **{k: getattr(rec, k) for k in MODEL})
     model = model.to(device, memory_format=torch.channels_last)
     precision = session.settle_precision(device, precision)
-    trainer = Trainer(TrainData(classes), model, rec, mean, std, device, precision)
+    trainer = Trainer(model, rec, mean, std, device, precision)
     session.resume(**trainer.parts)
-    images = TrainImages(train, size, rec, tuple(255*m for m in mean), seed)
     span = session.step,total,seed
-    draws = pk_batches(train, rec.batch, rec.instances, *span) if rec.instances else crop_batches(
-        len(train), min(rec.batch, len(train)), *span)
+    draws = pk_batches(images.train, rec.batch, rec.instances, *span) if rec.instances else crop_batches(
+        len(images), min(rec.batch, len(images)), *span)
     if workers is None: workers = os.cpu_count() if device.type=='cuda' else 0
-    trainer.train_loader = DataLoader(images, batch_sampler=draws, num_workers=workers,
-                                      pin_memory=device.type=='cuda')
+    loader = DataLoader(images, batch_sampler=draws, num_workers=workers, pin_memory=device.type=='cuda')
     check = validator(held, size, mean, std, lambda m: m.embed) if validate else None
-    trainer.run(session, total, check, an_epoch*validate_every)
+    trainer.fit(session, loader, total, check, an_epoch*validate_every)
     name = recipe if isinstance(recipe, str) else 'changed'
     about |= dict(kind='reid', recipe=name, classes=classes, model={k: getattr(rec, k) for k in MODEL})
     return session.finish(total, trainer.result.state_dict(), about)

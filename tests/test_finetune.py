@@ -16,7 +16,7 @@ import torch
 from reid_nb.backbones import build_backbone
 from reid_nb.benchmarks import chance, rank, read_benchmark
 from reid_nb.dataset import BadInput
-from reid_nb.finetune import (RECIPES, MarketFolder, TrainImages, change_recipe, embed, finetune, load_model,
+from reid_nb.finetune import (RECIPES, Trainer, TrainImages, change_recipe, embed, finetune, load_model,
                               pk_batches, score, take_labels, training_set)
 from reid_nb.sessions import load_checkpoint, save_checkpoint
 from reid_nb.transfer import read_weights, transfer_weights
@@ -226,10 +226,36 @@ def test_protocols_to_train_on(tmp_path):
 def test_torchreids_reader_gives_the_same_lists(market, tmp_path):
     from torchreid.reid.data.datasets.image.market1501 import Market1501
     shutil.copytree(market, tmp_path/'market1501')
-    theirs,ours = Market1501(str(tmp_path), verbose=False),MarketFolder(str(market), verbose=False)
-    for part in ('train','query','gallery'):
-        a,b = [sorted((Path(r[0]).name, r[1], r[2]) for r in getattr(d, part)) for d in (theirs, ours)]
-        assert [(n,p,c+1) for n,p,c in a]==b
+    theirs,ours = Market1501(str(tmp_path), verbose=False),read_benchmark('market_folder', market)
+    for part,rows in dict(train=take_labels(ours.train), query=ours.query, gallery=ours.gallery).items():
+        a = sorted((Path(r[0]).name, r[1], r[2]+1) for r in getattr(theirs, part))
+        assert a==sorted((s.path.name, s.pid, s.camid) for s in rows)
+
+def test_torchreid_is_what_trains(market, tmp_path, monkeypatch):
+    "Every step is taken inside torchreid's own loop, on batches of its sampler, by its network."
+    from torchreid.reid import models
+    from torchreid.reid.data import ImageDataset
+    from torchreid.reid.data.sampler import RandomIdentitySampler
+    from torchreid.reid.engine.engine import Engine
+    calls,inside = Counter(),[]
+    def count(owner, name):
+        real = getattr(owner, name)
+        def counted(*args, **kw):
+            calls[name] += 1
+            inside.append(name)
+            try: return real(*args, **kw)
+            finally: inside.pop()
+        monkeypatch.setattr(owner, name, counted)
+    for owner,name in ((Engine,'train'), (RandomIdentitySampler,'__iter__'), (ImageDataset,'get_num_pids'),
+                       (models,'build_model')): count(owner, name)
+    within,step = [],Trainer.train_batch
+    def train_batch(self, data):
+        within.append(list(inside))
+        return step(self, data)
+    monkeypatch.setattr(Trainer, 'train_batch', train_batch)
+    finetune(market, out=tmp_path, **FAST)
+    assert within==[['train']]*9 and 'train' not in vars(Trainer) and 'run' not in vars(Trainer)
+    assert calls['train']==1 and calls['build_model']==1 and calls['__iter__']>=3 and calls['get_num_pids']
 
 def test_torchreids_evaluation_agrees(market, whole):
     from torchreid.reid.metrics import compute_distance_matrix, evaluate_rank

@@ -255,9 +255,9 @@ def test_training_begins_with_the_given_weights(store, market, tmp_path):
     assert len(given) > 50 and all(torch.equal(began[f'model.{k}'], v) for k,v in given.items())
 
 def test_the_moving_average_is_the_result(market, tmp_path, monkeypatch):
-    kept,real = [],finetuning.Trainer.run
-    def run(self, *a): kept.append(self); return real(self, *a)
-    monkeypatch.setattr(finetuning.Trainer, 'run', run)
+    kept,real = [],finetuning.Trainer.fit
+    def fit(self, *a): kept.append(self); return real(self, *a)
+    monkeypatch.setattr(finetuning.Trainer, 'fit', fit)
     end = load_checkpoint(tune(market, tmp_path, replace(RECIPES['bot'], ema=.9)))[0]
     name = 'backbone.conv1.conv.weight'
     assert torch.equal(end[name], kept[0].ema.module.state_dict()[name])
