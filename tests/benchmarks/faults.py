@@ -20,8 +20,8 @@ WIRING = 'tests/test_wiring.py'
 FAULTS = [
     # MoCo
     ('moco', 'k = moco.keys(x_k)', 'k = moco.keys(x_q)', WIRING + ' -k second_view'),
-    ('moco', "rate = opt.param_groups[0]['lr'] = lr_at(session.step, total, batch, lr)",
-     'rate = lr_at(session.step, total, batch, lr)', WIRING + ' -k schedules'),
+    ('moco', "rate = opt.param_groups[0]['lr'] = lr_at(session.step, total, batch, r.lr)",
+     'rate = lr_at(session.step, total, batch, r.lr)', WIRING + ' -k schedules'),
     ('moco', 'peak,up = lr*batch/256', 'peak,up = lr', WIRING + ' -k schedules'),
     ('moco', 'if clip: nn.utils.clip_grad_norm_', 'if False: nn.utils.clip_grad_norm_', WIRING + ' -k long_gradient'),
     ('moco', 'scaler.scale(numbers[0]/len(pieces))', 'scaler.scale(numbers[0])', WIRING + ' -k pieces'),
@@ -86,8 +86,8 @@ FAULTS = [
     ('finetune', "mean,std = origin.get('mean', mean),origin.get('std', std)", 'pass',
      'tests/test_finetune.py -k travel'),
     # Sessions
-    ('sessions', "set_dice(take('dice'))", 'pass', 'tests/test_sessions.py'),
-    ('sessions', 'if self.state.exists(): os.replace(self.state, self.before)', 'pass', 'tests/test_sessions.py'),
+    ('sessions', "set_random_state(state['random'])", 'pass', 'tests/test_sessions.py'),
+    ('sessions', 'if self.newest.exists(): os.replace(self.newest, self.before)', 'pass', 'tests/test_sessions.py'),
     ('sessions', 'able = was==', 'able = False and was==', 'tests/test_sessions.py'),
     ('transfer', 'if table.missing: why', 'if False: why', 'tests/test_finetune.py -k "refused or donor"'),
     ('transfer', 'weights_only=True', 'weights_only=False', 'tests/test_finetune.py -k refused'),
