@@ -215,8 +215,8 @@ class StateFiles:
         out, # Folder
         name:str, # Of the training
     ):
-        self.newest,self.before,self.outdated = [
-            Path(out)/f'{name}.{end}' for end in ('session.pt','session.before.pt','session.safetensors')]
+        self.newest,self.before = Path(out)/f'{name}.session.pt',Path(out)/f'{name}.session.before.pt'
+        self.outdated = [p.with_suffix('.safetensors') for p in (self.newest, self.before)]
 
     def write(self,
         state:dict, # Tensors, lists and numbers
@@ -230,9 +230,9 @@ class StateFiles:
     def read(self)->dict: # None where there is none
         "Read the newest state that is whole; raises `BadInput` where there are states and none is."
         found = [p for p in (self.newest, self.before) if p.exists()]
-        if self.outdated.exists() and not found:
-            raise BadInput(f'{self.outdated} is of an older version, which alone can go on with it: '
-                           'finish it there, or delete it to begin anew')
+        for path in () if found else self.outdated:
+            if path.exists(): raise BadInput(f'{path} is of an older version, which alone can go on with it: '
+                                             'finish it there, or delete it to begin anew')
         for path in found:
             try: return read_state(path)
             except BadInput as e:

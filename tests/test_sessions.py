@@ -79,8 +79,9 @@ def test_session_refuses_the_state_of_others(tmp_path):
     with pytest.raises(BadInput, match='arch resnet50 there, resnet10 now'):
         Session(tmp_path, 'moco', {'arch':'resnet10'}).resume()
 
-def test_a_state_of_an_older_version_is_refused_and_kept(tmp_path):
-    old = save_checkpoint(tmp_path/'moco.session.safetensors', {}, {'settings': {}, 'step': 3})
+@pytest.mark.parametrize('name', ['moco.session.safetensors','moco.session.before.safetensors'])
+def test_a_state_of_an_older_version_is_refused_and_kept(tmp_path, name):
+    old = save_checkpoint(tmp_path/name, {}, {'settings': {}, 'step': 3})
     with pytest.raises(BadInput, match='of an older version') as e: Session(tmp_path, 'moco', {}).resume()
     assert '\n' not in str(e.value) and sorted(tmp_path.iterdir())==[old.with_suffix('.json'), old]
 
