@@ -17,7 +17,7 @@ from .views import choose
 
 # %% ../nbs/03d_backbones.ipynb #c22ad9d1
 class IBN(nn.Module):
-    "Half of the channels normalised by their own picture, half by the batch (Pan 2018)."
+    "Normalises half of the channels by their own picture, half by the batch (Pan 2018)."
     def __init__(self,
         channels:int, # Even
     ):
@@ -37,7 +37,7 @@ RESNETS = {name+end: about for end in ('','_ibn') for name,about in dict(
 OSNETS = ['osnet_x0_25','osnet_x0_5','osnet_x0_75','osnet_x1_0','osnet_ain_x1_0']
 
 def narrow(net, block, layers, width):
-    "Fewer channels in each stage; torchvision has no option for it"
+    "Give each stage fewer channels; torchvision has no option for it."
     net.conv1,net.bn1,net.inplanes = nn.Conv2d(3, width, 7, 2, 3, bias=False),nn.BatchNorm2d(width),width
     for i,(n,stride) in enumerate(zip(layers, (1,2,2,2))):
         setattr(net, f'layer{i+1}', net._make_layer(block, width*2**i, n, stride))
@@ -45,7 +45,7 @@ def narrow(net, block, layers, width):
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 
 def resnet(arch):
-    "Parts of a ResNet by name, and the width of its last map"
+    "Make the parts of a ResNet by name; returns them and the width of its last map."
     kind,layers,width = RESNETS[arch]
     block = getattr(torchvision.models.resnet, kind)
     net = torchvision.models.ResNet(block, layers)
@@ -58,7 +58,7 @@ def resnet(arch):
     return list(net.named_children())[:-2],8*width*block.expansion
 
 def osnet(arch):
-    "The same of an OSNet (Zhou 2019)"
+    "Make the parts of torchreid's OSNet (Zhou 2019); returns them and the width of its last map."
     from torchreid.reid import models
     net = models.build_model(arch, num_classes=1, pretrained=False)
     body = [(n,m) for n,m in net.named_children() if n.startswith(('conv','pool','maxpool'))]
@@ -68,7 +68,7 @@ def osnet(arch):
 def build_backbone(
     arch:str='resnet10', # One of `RESNETS` or `OSNETS`
 )->nn.Sequential: # [B,3,h,w] to a map [B,dim,h/16,w/16]; raises `BadInput` for an unknown name
-    "A network without its head, with random weights; `.dim` is the number of channels."
+    "Make a network without its head, with random weights; `.dim` is the number of channels."
     choose([*RESNETS, *OSNETS], arch, 'network')
     parts,dim = resnet(arch) if arch in RESNETS else osnet(arch)
     body = nn.Sequential(OrderedDict(parts))
@@ -77,7 +77,7 @@ def build_backbone(
 
 # %% ../nbs/03d_backbones.ipynb #f8607d7e
 class NonLocal(nn.Module):
-    "Every cell of a map looks at every other (Wang 2018, dot product); at first it changes nothing."
+    "Lets every cell of a map attend to every other (Wang 2018, dot product); at first it changes nothing."
     def __init__(self,
         channels:int, # Of the map
     ):
@@ -95,7 +95,7 @@ class NonLocal(nn.Module):
 def add_nonlocal(
     backbone:nn.Sequential, # A ResNet from `build_backbone`; it is changed
 ): # Raises `BadInput` for another network
-    "Non-local blocks where SBS (fast-reid) has them."
+    "Add non-local blocks where SBS (fast-reid) has them."
     if not hasattr(backbone, 'layer3'):
         raise BadInput('non-local blocks have their places in a ResNet: choose one as the network')
     for block in (*backbone.layer2[-2:], *backbone.layer3[-3:]):
@@ -107,7 +107,7 @@ def add_nonlocal(
 def halves(
     backbone:nn.Sequential, # From `build_backbone`
 )->tuple: # Two `nn.Sequential`s of the same modules: what branches share, and the rest
-    "Cut a network where MGN parts."
+    "Cut a network where the branches of MGN begin."
     parts = list(backbone.children())
     if hasattr(backbone, 'layer3'):
         third = backbone.layer3

@@ -57,7 +57,7 @@ def hard_pairs(
     x, # float[B,dim]
     y, # int[B], identities
 )->tuple: # Distance to the farthest friend and to the nearest stranger: float[B] each
-    "What the batch-hard triplet loss compares (Hermans 2017)."
+    "Find what the batch-hard triplet loss compares (Hermans 2017)."
     far,same = torch.cdist(x, x),y[:,None]==y
     return far.masked_fill(~same, 0).amax(1),far.masked_fill(same, math.inf).amin(1)
 
@@ -66,7 +66,7 @@ def triplet(
     y, # int[B], identities; several pictures of each, and several identities
     margin:float=.3, # In the units of x; None: the soft margin
 ): # One number
-    "The batch-hard triplet loss."
+    "Compute the batch-hard triplet loss."
     p,n = hard_pairs(x, y)
     return F.softplus(p-n).mean() if margin is None else (p-n+margin).clamp(min=0).mean()
 
@@ -75,7 +75,7 @@ POOLS = dict(avg=lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), g
 SIDES = ['before','after']
 
 class Head(nn.Module):
-    "From a map of features to one vector, and in training to a guess."
+    "Turns a map of features into one vector, and in training into logits."
     def __init__(self,
         dim:int, # Channels of the map
         classes:int=0, # Identities to train on; 0: no classifier
@@ -99,12 +99,12 @@ class Head(nn.Module):
         return linear
 
     def sides(self, x):
-        "The vector before and after the neck, float[B,width] each."
+        "Compute the vector before and after the neck, float[B,width] each."
         f = self.reduce(self.pool(x))
         return dict(before=f, after=self.neck(f))
 
-    def guess(self, f, y):
-        "Logits for the loss, and scores to count who is right, float[B,classes] each."
+    def classify(self, f, y):
+        "Compute logits for the loss, and scores to count who is right, float[B,classes] each."
         if isinstance(self.classifier, CircleSoftmax): return self.classifier(f, y)
         logits = self.classifier(f).float()
         return logits,logits.detach()
@@ -131,7 +131,7 @@ class ReidModel(nn.Module):
         self.dim = sum(h.width for h in self.heads)
 
     def maps(self, x):
-        "For each branch its map, and then its stripes where it has several."
+        "Compute for each branch its map, and then its stripes where it has several."
         trunk,rest = halves(self.backbone)
         x = trunk(x)
         for n,branch,norm in zip(self.stripes, (rest, *self.twins), self.norms):
@@ -139,7 +139,7 @@ class ReidModel(nn.Module):
             yield [whole, *(whole.tensor_split(n, 2) if n>1 else ())]
 
     def sides(self, x):
-        "For each branch the two sides of each of its heads."
+        "Compute for each branch the two sides of each of its heads."
         heads = iter(self.heads)
         return [[next(heads).sides(m) for m in maps] for maps in self.maps(x)]
 
@@ -155,7 +155,7 @@ class ReidModel(nn.Module):
         if not self.training: return self.embed(x)
         branches = self.sides(x)
         sides = [side for branch in branches for side in branch]
-        logits,scores = zip(*(h.guess(side['after'], y) for h,side in zip(self.heads, sides)))
+        logits,scores = zip(*(h.classify(side['after'], y) for h,side in zip(self.heads, sides)))
         vectors = []
         for whole,*parts in branches:
             vectors.append(whole[self.feature].float())
@@ -172,7 +172,7 @@ def reid_loss(
     weight:float=1., # Of the triplet loss
     margin:float=.3, # Of the triplet loss; None: soft
 ): # One number
-    "Cross-entropy and triplet loss, averaged over the heads."
+    "Add cross-entropy and triplet loss, each averaged over the heads."
     loss = 0
     if softmax: loss += softmax*sum(F.cross_entropy(z, y, label_smoothing=smoothing) for z in logits)/len(logits)
     if weight: loss += weight*sum(triplet(v, y, margin) for v in vectors)/len(vectors)

@@ -27,7 +27,7 @@ def slim(
     ckpt, # A checkpoint of `finetune`
     out, # The file to make, .safetensors
 )->Path: # `out`; raises `BadInput` for what is no such checkpoint
-    "A checkpoint without the classifiers, to be given away."
+    "Save a checkpoint without its classifiers, to be given away."
     tensors,meta = load_checkpoint(ckpt)
     if meta.get('kind')!='reid': raise BadInput(f'{ckpt} is not from reid_finetune')
     keep = {k: v for k,v in tensors.items() if '.classifier.' not in k}
@@ -35,7 +35,7 @@ def slim(
 
 # %% ../nbs/05b_small_model.ipynb #4d0a842d
 class Pixels(nn.Module):
-    "Everything from bytes to an embedding."
+    "A network from bytes to embeddings, its input statistics inside."
     def __init__(self, model, mean, std):
         super().__init__()
         self.model = model

@@ -63,7 +63,7 @@ def match_weights(
     own:dict, # The backbone's state
     tensors:dict, # The file's tensors
 )->Transfer: # What matches, under the best of `PREFIXES`
-    "Hold the names and shapes of a file against a backbone."
+    "Match the names and shapes of a file with those of a backbone."
     own = {k: v for k,v in own.items() if not k.endswith('num_batches_tracked')}
     def strip(p): return {k[len(p):]: v for k,v in tensors.items() if k.startswith(p)}
     def hits(p): return [k for k,v in strip(p).items() if k in own and v.shape==own[k].shape]
@@ -80,7 +80,7 @@ def transfer_weights(
     partial:bool=False, # Take less than the whole backbone
     show:bool=True, # Print the table
 )->Transfer: # The table; raises `BadInput` where the backbone isn't filled to the last tensor
-    "Carry a backbone's weights over, and account for every tensor."
+    "Copy the weights of a file into a backbone, and account for every tensor."
     tensors,meta = read_weights(path)
     own = backbone.state_dict()
     table = match_weights(own, tensors)

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import cv2
@@ -16,12 +16,18 @@ import torch
 from reid_nb.backbones import build_backbone
 from reid_nb.benchmarks import chance, rank, read_benchmark
 from reid_nb.dataset import BadInput
-from reid_nb.finetune import (RECIPES, MarketFolder, TrainImages, change_recipe, embed, finetune, load_model,
-                              pk_batches, score, take_labels, training_set)
-from reid_nb.sessions import load_checkpoint, save_checkpoint
+from reid_nb import finetune as finetuning
+from reid_nb.finetune import (RECIPES, Trainer, TrainImages, embed, load_model, pk_batches, score, take_labels,
+                              training_set)
+from reid_nb.sessions import Run, change_recipe, load_checkpoint, read_state, save_checkpoint
 from reid_nb.transfer import read_weights, transfer_weights
 
 FAST = dict(arch='osnet_x0_25', epochs=3, batch=16, size=(64,32), device='cpu')
+
+def finetune(data, recipe='bot', **kw):
+    "The same with the fields of `Run` among those of the recipe."
+    run = Run(**{f.name: kw.pop(f.name) for f in fields(Run) if f.name in kw})
+    return finetuning.finetune(data, recipe, run=run, **kw)
 
 @pytest.fixture(scope='module')
 def donor(): return build_backbone('resnet10').state_dict()
@@ -90,14 +96,14 @@ def test_partial_when_told(donor, tmp_path, capsys):
     assert 0<table.share<1 and all(n.startswith('layer4') for n in table.missing)
     assert 'layer4' in capsys.readouterr().out
 
-def test_pk_batches_hold_p_people_k_times(capsys):
+def test_pk_batches_hold_p_people_k_times(caplog):
     samples = [(f'{p}_{i}', p, 0) for p in range(20) for i in range(2+p%7)]
     for batch in pk_batches(samples, 16, 4, 0, 30, seed=1):
         assert sorted(Counter(samples[i][1] for _,i in batch).values())==[4]*4
     assert len({k for b in pk_batches(samples, 16, 4, 0, 30) for k,_ in b})==30*16
-    assert not capsys.readouterr().err
+    assert not caplog.text
     list(pk_batches(samples, 8, 4, 0, 1))
-    assert 'only 2 identities' in capsys.readouterr().err
+    assert 'only 2 identities' in caplog.text
 
 def test_share_of_labels(market):
     train = read_benchmark('market_folder', market).train
@@ -145,14 +151,15 @@ def test_only_the_heads_learn_at_first(market, tmp_path):
     kw = dict(FAST, arch='resnet10', epochs=8)
     whole = 8*3
     finetune(market, 'mgn', out=tmp_path, steps=whole//6, **kw)
-    tensors = load_checkpoint(tmp_path/'reid.session.safetensors')[0]
+    def state(): return read_state(tmp_path/'reid.session.pt')['parts']['model']
+    tensors = state()
     torch.manual_seed(0)
     first = build_backbone('resnet10').state_dict()
-    def now(t): return {k.removeprefix('model.backbone.'): v for k,v in t.items() if k.startswith('model.backbone.')}
+    def now(t): return {k.removeprefix('backbone.'): v for k,v in t.items() if k.startswith('backbone.')}
     assert all(torch.equal(v, first[k]) for k,v in now(tensors).items())
-    assert tensors['model.heads.0.neck.num_batches_tracked']==whole//6
+    assert tensors['heads.0.neck.num_batches_tracked']==whole//6
     finetune(market, 'mgn', out=tmp_path, steps=1, **kw)
-    tensors = load_checkpoint(tmp_path/'reid.session.safetensors')[0]
+    tensors = state()
     assert not torch.equal(now(tensors)['conv1.weight'], first['conv1.weight'])
 
 def test_moving_average_is_the_result(market, tmp_path):
@@ -161,9 +168,9 @@ def test_moving_average_is_the_result(market, tmp_path):
     states = []
     for steps in (1,2,3):
         finetune(market, recipe, out=tmp_path, steps=1, **kw)
-        path = tmp_path/('reid.session.safetensors' if steps<3 else 'reid.safetensors')
-        name = 'model.' if steps<3 else ''
-        states.append(load_checkpoint(path)[0][name+'backbone.conv1.conv.weight'])
+        tensors = (read_state(tmp_path/'reid.session.pt')['parts']['model'] if steps<3
+                   else load_checkpoint(tmp_path/'reid.safetensors')[0])
+        states.append(tensors['backbone.conv1.conv.weight'])
     plain = finetune(market, out=tmp_path/'plain', **kw)
     last = load_checkpoint(plain)[0]['backbone.conv1.conv.weight']
     assert torch.allclose(states[2], .25*states[0] + .25*states[1] + .5*last, atol=1e-6)
@@ -200,6 +207,7 @@ def test_change_of_a_recipe():
     new = change_recipe(bot, 'lr=1e-3 drops=() cosine=(.1,1e-6) margin=None neck=False epochs=3')
     assert (new.lr, new.drops, new.cosine, new.margin, new.neck, new.epochs)==(1e-3, (), (.1,1e-6), None, False, 3)
     assert change_recipe(bot, None)==bot
+    assert change_recipe(bot, 'arch=osnet_x0_25 size=128x64 pool="gem"').size==(128,64)
     for text in ('cake=1','lr','lr=','lr=fast','neck=1','epochs=1.5','drops=3','lr=__import__("os").getcwd()'):
         with pytest.raises(BadInput): change_recipe(bot, text)
 
@@ -218,7 +226,8 @@ def test_protocols_to_train_on(tmp_path):
     root = write_cuhk03(tmp_path/'cuhk03_release')
     bench = training_set(root, 'cuhk03_classic_labeled', 7)
     assert len({s.pid for s in bench.train})==sum(PEOPLE)-3
-    ckpt = finetune(root, protocol='cuhk03_classic_detected', split=2, out=tmp_path/'out', **{**FAST, 'epochs': 1})
+    bench = training_set(root, 'cuhk03_classic_detected', 2)
+    ckpt = finetune(bench, out=tmp_path/'out', **{**FAST, 'epochs': 1})
     assert load_checkpoint(ckpt)[1]['classes']==sum(PEOPLE)-3
     with pytest.raises(BadInput, match='0 to 19'): training_set(root, 'cuhk03_classic_labeled', 20)
     with pytest.raises(BadInput, match='unknown protocol'): training_set(root, 'cuhk04')
@@ -226,10 +235,36 @@ def test_protocols_to_train_on(tmp_path):
 def test_torchreids_reader_gives_the_same_lists(market, tmp_path):
     from torchreid.reid.data.datasets.image.market1501 import Market1501
     shutil.copytree(market, tmp_path/'market1501')
-    theirs,ours = Market1501(str(tmp_path), verbose=False),MarketFolder(str(market), verbose=False)
-    for part in ('train','query','gallery'):
-        a,b = [sorted((Path(r[0]).name, r[1], r[2]) for r in getattr(d, part)) for d in (theirs, ours)]
-        assert [(n,p,c+1) for n,p,c in a]==b
+    theirs,ours = Market1501(str(tmp_path), verbose=False),read_benchmark('market_folder', market)
+    for part,rows in dict(train=take_labels(ours.train), query=ours.query, gallery=ours.gallery).items():
+        a = sorted((Path(r[0]).name, r[1], r[2]+1) for r in getattr(theirs, part))
+        assert a==sorted((s.path.name, s.pid, s.camid) for s in rows)
+
+def test_torchreid_is_what_trains(market, tmp_path, monkeypatch):
+    "Every step is taken inside torchreid's own loop, on batches of its sampler, by its network."
+    from torchreid.reid import models
+    from torchreid.reid.data import ImageDataset
+    from torchreid.reid.data.sampler import RandomIdentitySampler
+    from torchreid.reid.engine.engine import Engine
+    calls,inside = Counter(),[]
+    def count(owner, name):
+        real = getattr(owner, name)
+        def counted(*args, **kw):
+            calls[name] += 1
+            inside.append(name)
+            try: return real(*args, **kw)
+            finally: inside.pop()
+        monkeypatch.setattr(owner, name, counted)
+    for owner,name in ((Engine,'train'), (RandomIdentitySampler,'__iter__'), (ImageDataset,'get_num_pids'),
+                       (models,'build_model')): count(owner, name)
+    within,step = [],Trainer.train_batch
+    def train_batch(self, data):
+        within.append(list(inside))
+        return step(self, data)
+    monkeypatch.setattr(Trainer, 'train_batch', train_batch)
+    finetune(market, out=tmp_path, **FAST)
+    assert within==[['train']]*9 and 'train' not in vars(Trainer) and 'run' not in vars(Trainer)
+    assert calls['train']==1 and calls['build_model']==1 and calls['__iter__']>=3 and calls['get_num_pids']
 
 def test_torchreids_evaluation_agrees(market, whole):
     from torchreid.reid.metrics import compute_distance_matrix, evaluate_rank
@@ -249,7 +284,7 @@ def test_kill_and_resume(market, whole, tmp_path):
     "kill -9 right after the state of step 4 was written; the end equals the uninterrupted run, bit for bit."
     code = f"""if 1:
         import os, signal
-        from reid_nb.finetune import finetune
+        from test_finetune import finetune
         from reid_nb.sessions import Session
         write = Session.save
         def save(self):
@@ -257,17 +292,17 @@ def test_kill_and_resume(market, whole, tmp_path):
             if self.step==4: os.kill(os.getpid(), signal.SIGKILL)
         Session.save = save
         finetune({str(market)!r}, out={str(tmp_path)!r}, save_every=0, **{FAST!r})"""
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert p.returncode==-signal.SIGKILL, p.stderr
     assert not (tmp_path/'reid.safetensors').exists()
-    assert load_checkpoint(tmp_path/'reid.session.safetensors')[1]['step']==4
+    assert read_state(tmp_path/'reid.session.pt')['step']==4
     assert same(whole, finetune(market, out=tmp_path, **FAST))
 
 @pytest.mark.parametrize('precision', [None,'fp16'])
 def test_a_gpu_goes_on(market, tmp_path, cuda, precision):
     kw = dict(FAST, epochs=6, device=None, workers=2, precision=precision)
     finetune(market, out=tmp_path, steps=3, **kw)
-    assert load_checkpoint(tmp_path/'reid.session.safetensors')[1]['step']==3
+    assert read_state(tmp_path/'reid.session.pt')['step']==3
     end = finetune(market, out=tmp_path, **kw)
     history = load_checkpoint(end)[1]['history']
     assert [x['step'] for x in history]==list(range(1,19)) and np.isfinite([x['loss'] for x in history]).all()
@@ -276,10 +311,10 @@ def test_a_gpu_goes_on(market, tmp_path, cuda, precision):
 
 def test_steps_stop_and_go_on(market, whole, tmp_path):
     finetune(market, out=tmp_path, steps=3, **FAST)
-    assert load_checkpoint(tmp_path/'reid.session.safetensors')[1]['step']==3
+    assert read_state(tmp_path/'reid.session.pt')['step']==3
     assert same(whole, finetune(market, out=tmp_path, **FAST))
 
-def test_global_dice_are_left_alone(market, tmp_path):
+def test_global_random_states_are_left_alone(market, tmp_path):
     np.random.seed(5); a = np.random.random()
     np.random.seed(5); list(pk_batches([(0,p,0) for p in range(8) for _ in range(4)], 16, 4, 0, 4))
     assert np.random.random()==a
@@ -300,7 +335,7 @@ def test_load_and_embed(market, whole):
 
 def test_load_model_refuses_sessions(market, tmp_path):
     finetune(market, out=tmp_path, minutes=0, **FAST)
-    with pytest.raises(BadInput, match='is a session'): load_model(tmp_path/'reid.session.safetensors')
+    with pytest.raises(BadInput, match='is a session'): load_model(tmp_path/'reid.session.pt')
 
 def test_statistics_travel(market, tmp_path):
     torch.manual_seed(0)
@@ -331,7 +366,7 @@ def test_bad_input(run, market, tmp_path):
 def test_full_disk(run, market, tiny_disk):
     p = run('reid_finetune', market, '--out', tiny_disk/'out', '--epochs', 1, '--batch', 16, '--size', '64x32')
     bad(p, 'No space left')
-    assert not [f for f in tiny_disk.rglob('*') if f.suffix in ('.safetensors','.tmp')]
+    assert not [f for f in tiny_disk.rglob('*') if f.suffix in ('.safetensors','.pt','.tmp')]
 
 def test_read_weights_says_what_is_missing(tmp_path):
     with pytest.raises(BadInput, match='no weights at'): read_weights(tmp_path/'none.pth')

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import cv2
@@ -14,11 +15,17 @@ import torch
 from reid_nb.crop_store import pack
 from reid_nb.dataset import BadInput
 from reid_nb.backbones import build_backbone
-from reid_nb.moco import MoCo, lr_at, pretrain, queue_batches
-from reid_nb.sessions import load_checkpoint
+from reid_nb import moco
+from reid_nb.moco import MoCo, lr_at, queue_batches
+from reid_nb.sessions import Run, load_checkpoint, read_state
 from reid_nb.toy_city import rng_of
 
 FAST = dict(arch='osnet_x0_25', epochs=6, batch=8, size=(64,32), device='cpu')
+
+def pretrain(store, out, validate=None, **kw):
+    "The same with the fields of `Run` among those of the recipe."
+    run = Run(**{f.name: kw.pop(f.name) for f in fields(Run) if f.name in kw})
+    return moco.pretrain(store, out, run=run, validate=validate, **kw)
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
@@ -38,13 +45,14 @@ def same(a, b):
     return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 def start(store, out, **kw):
-    code = f'from reid_nb.moco import pretrain; pretrain({str(store)!r}, {str(out)!r}, **{ {**FAST, **kw}!r})'
-    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    code = f'from test_moco import pretrain; pretrain({str(store)!r}, {str(out)!r}, **{ {**FAST, **kw}!r})'
+    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            cwd=Path(__file__).parent)
 
 def wait_for_step(state, step, process):
     end = time.monotonic()+1200
     while time.monotonic()<end:
-        try: reached = load_checkpoint(state)[1]['step']
+        try: reached = read_state(state)['step']
         except BadInput: reached = -1   # not there yet, or just moved aside for the next
         if reached>=step: return
         assert process.poll() is None, process.communicate()[0]
@@ -62,9 +70,9 @@ def test_same_seed_same_numbers(store, whole, tmp_path):
 @pytest.mark.long
 def test_kill_and_resume(store, whole, tmp_path):
     "Six epochs of 8 steps equal 2 + kill -9 + 4, bit for bit, and so does the curve; then another kill in between."
-    state = tmp_path/'moco.session.safetensors'
+    state = tmp_path/'moco.session.pt'
     pretrain(store, tmp_path, steps=16, **FAST)
-    assert load_checkpoint(state)[1]['step']==16
+    assert read_state(state)['step']==16
     for step in (17, 31):
         p = start(store, tmp_path, save_every=0)
         wait_for_step(state, step, p)
@@ -77,12 +85,12 @@ def test_kill_and_resume(store, whole, tmp_path):
 @pytest.mark.long
 def test_sigterm_saves(store, whole, tmp_path):
     p = start(store, tmp_path, save_every=1e6, epochs=400)
-    wait_for_step(tmp_path/'moco.session.safetensors', 0, p)
+    wait_for_step(tmp_path/'moco.session.pt', 0, p)
     time.sleep(2)
     p.send_signal(signal.SIGTERM)
     p.communicate(timeout=600)
     assert p.returncode==128+signal.SIGTERM
-    assert load_checkpoint(tmp_path/'moco.session.safetensors')[1]['step']>0
+    assert read_state(tmp_path/'moco.session.pt')['step']>0
 
 def test_minutes_stop_and_go_on(store, whole, tmp_path):
     first = pretrain(store, tmp_path, minutes=0, **FAST)
@@ -156,13 +164,14 @@ def test_schedule_ends_where_the_run_ends():
         rates = [lr_at(s, total, 256) for s in range(total)]
         assert max(rates)==pytest.approx(.03, rel=.05) and rates[-1]<.03*.05
 
-def test_queue_warnings(capsys):
+def test_queue_warnings(caplog):
     queue_batches(1000, 10, 20, walk=12)
-    assert 'warning: 2.4 of 200 keys show the person of the query' in capsys.readouterr().err
+    assert 'warning: 2.4 of 200 keys show the person of the query' in caplog.text
     queue_batches(10**6, 64, 1024)
-    assert 'stale' in capsys.readouterr().err
+    assert 'stale' in caplog.text
+    caplog.clear()
     queue_batches(10**6, 64)
-    assert not capsys.readouterr().err
+    assert not caplog.text
 
 @pytest.mark.parametrize('arch,dim', [('resnet18',512), ('resnet18_ibn',512), ('resnet50',2048),
                                        ('osnet_x1_0',512), ('osnet_ain_x1_0',512)])
@@ -181,21 +190,26 @@ def test_bad_input(run, store, tmp_path):
     bad(run('reid_pretrain', store, '--arch', 'resnet9', '--out', tmp_path/'out'), 'resnet9', 'resnet50', 'osnet')
     bad(run('reid_pretrain', store, '--size', 'big', '--out', tmp_path/'out'), 'HEIGHTxWIDTH')
     bad(run('reid_pretrain', store, '--batch', 100, '--out', tmp_path/'out'), '64 crops')
+    bad(run('reid_pretrain', store, '--recipe', 'cake', '--out', tmp_path/'out'), 'cake', 'v2, short, street')
+    bad(run('reid_pretrain', store, '--change', 'speed=9', '--out', tmp_path/'out'), 'speed', 'queue')
     assert not (tmp_path/'out').exists()
 
 def test_command(run, store, tmp_path):
     args = ['reid_pretrain', store, '--out', tmp_path, '--arch', 'osnet_x0_25', '--epochs', 2, '--batch', 8,
-            '--size', '64x32', '--cities', 'alba/porto']
+            '--size', '64x32', '--cities', 'alba/porto', '--recipe', 'short', '--change', 'lr=.01 queue=2', '--seed', 3]
     p = run(*args)
     assert p.returncode==0, p.stderr
     assert 'finished' in p.stdout and len(p.stdout.splitlines())==1
     meta = load_checkpoint(tmp_path/'moco.safetensors')[1]
+    given = FAST | dict(recipe='short', epochs=2, cities=['alba/porto'], lr=.01, queue=2, seed=3)
+    assert same(tmp_path/'moco.safetensors', pretrain(store, tmp_path/'called', **given))
+    assert meta['settings']['m']==.99 and meta['settings']['augment']=='person'
     assert meta['size']==[64,32] and meta['kind']=='moco' and len(meta['mean'])==3 and meta['digest']
 
 def test_full_disk(run, store, tiny_disk):
     p = run('reid_pretrain', store, '--out', tiny_disk/'out', '--epochs', 1, '--batch', 8, '--size', '64x32')
     bad(p, 'No space left')
-    assert not [f for f in Path(tiny_disk).rglob('*') if f.suffix in ('.safetensors','.tmp')]
+    assert not [f for f in Path(tiny_disk).rglob('*') if f.suffix in ('.safetensors','.pt','.tmp')]
 
 def torchrun(*args, n=2):
     "`n` processes over gloo on this machine."
@@ -204,7 +218,7 @@ def torchrun(*args, n=2):
     assert p.returncode==0, p.stderr[-3000:]
     return p.stdout
 
-def team_pretrain(store, out, *more):
+def pretrain_by_two(store, out, *more):
     args = [store, '--out', out, '--arch', 'osnet_x0_25', '--epochs', 2, '--batch', 8, '--size', '64x32',
             '--precision', 'fp32', *more]
     return torchrun('--no-python', Path(sys.executable).parent/'reid_pretrain', *args)
@@ -212,7 +226,7 @@ def team_pretrain(store, out, *more):
 @pytest.mark.long
 def test_two_processes_are_one(store, tmp_path):
     "Where no layer looks at its batch, two processes with half of it each have the same loss curve as one."
-    said = team_pretrain(store, tmp_path/'two', '--bn', 'frozen')
+    said = pretrain_by_two(store, tmp_path/'two', '--change', 'bn=frozen')
     assert said.count('finished')==1
     pretrain(store, tmp_path/'one', **{**FAST, 'epochs': 2}, precision='fp32', bn='frozen')
     one,two = [load_checkpoint(tmp_path/k/'moco.safetensors') for k in ('one','two')]
@@ -223,9 +237,9 @@ def test_two_processes_are_one(store, tmp_path):
 @pytest.mark.long
 def test_two_processes_go_on(store, tmp_path):
     "Two with shuffled batch normalisation stop after 5 steps, and end as two that never stopped."
-    team_pretrain(store, tmp_path/'halves', '--steps', 5)
-    assert load_checkpoint(tmp_path/'halves/moco.session.safetensors')[1]['step']==5
-    for name in ('halves','whole'): team_pretrain(store, tmp_path/name)
+    pretrain_by_two(store, tmp_path/'halves', '--steps', 5)
+    assert read_state(tmp_path/'halves/moco.session.pt')['step']==5
+    for name in ('halves','whole'): pretrain_by_two(store, tmp_path/name)
     assert load_checkpoint(tmp_path/'whole/moco.safetensors')[1]['settings']['bn']=='shuffle'
     assert same(*(tmp_path/name/'moco.safetensors' for name in ('halves','whole')))
 
@@ -233,8 +247,8 @@ def test_shuffled_keys_come_home(tmp_path):
     script = tmp_path/'shuffle.py'
     script.write_text("""if 1:
         import torch, torch.distributed as dist
-        from reid_nb.moco import join_team, pick_device, shuffled
-        rank,world = join_team(pick_device('cpu'))
+        from reid_nb.moco import join_processes, pick_device, shuffled
+        rank,world = join_processes(pick_device('cpu'))
         x,batches = torch.arange(4.)[:,None] + 10*rank,[]
         def encoder(x): batches.append(x); return 2*x
         for step in range(8): assert torch.equal(shuffled(encoder, step)(x), 2*x)
@@ -259,8 +273,8 @@ def test_options_train(store, tmp_path, kw):
 def test_a_gpu_goes_on(store, tmp_path, cuda, kw):
     seen,kw = [],dict(FAST, epochs=2, device=None, workers=2, **kw)
     pretrain(store, tmp_path, steps=5, **kw)
-    state,meta = load_checkpoint(tmp_path/'moco.session.safetensors')
-    assert meta['step']==5 and ('scaler.scale' in state)==('precision' in kw)
+    state = read_state(tmp_path/'moco.session.pt')
+    assert state['step']==5 and bool(state['parts']['scaler'])==('precision' in kw)
     end = pretrain(store, tmp_path, watch=lambda s: seen.append(s.now), **kw)
     h = load_checkpoint(end)[1]['history']
     assert [x['step'] for x in h]==list(range(1,17)) and np.isfinite([x['loss'] for x in h]).all()
@@ -269,7 +283,7 @@ def test_a_gpu_goes_on(store, tmp_path, cuda, kw):
 def test_fp16_goes_on_with_its_scaler(store, tmp_path):
     kw = dict(FAST, epochs=2, precision='fp16')
     pretrain(store, tmp_path/'halves', steps=3, **kw)
-    assert load_checkpoint(tmp_path/'halves/moco.session.safetensors')[0]['scaler.scale'].item()>1
+    assert read_state(tmp_path/'halves/moco.session.pt')['parts']['scaler']['scale']>1
     assert same(pretrain(store, tmp_path/'halves', **kw), pretrain(store, tmp_path/'whole', **kw))
 
 @pytest.mark.parametrize('first,then', [('fp16','bf16'), ('fp32','fp16')])
@@ -290,11 +304,11 @@ def test_validation_changes_nothing(store, whole, tmp_path):
     lines = [h for h in load_checkpoint(end)[1]['history'] if 'val_mAP' in h]
     assert [(h['step'], h['val_mAP']) for h in lines]==[(16,.1), (32,.2), (48,.3)] and same(whole, end)
 
-def test_collapse_is_said_once(store, tmp_path, capsys, monkeypatch):
+def test_collapse_is_said_once(store, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr('reid_nb.moco.MoCo.forward', lambda self, x, k, places=None: (
         (0*self.encoder_q(x)).sum(), torch.tensor(.5), torch.tensor(.999)))
     pretrain(store, tmp_path, **{**FAST, 'epochs': 1})
-    assert capsys.readouterr().err.count('collapse')==1
+    assert caplog.text.count('collapse at')==1
 
 def test_bad_options(store, tmp_path):
     for kw,words in {('bn','shuffle'): 'torchrun', ('bn','none'): 'choose one of momentum',

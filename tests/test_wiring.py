@@ -23,16 +23,19 @@ from reid_nb.crop_store import CropDataset, CropStore, decode, pack
 from reid_nb.dataset import BadInput, encode_jpeg, yolo_boxes
 from reid_nb.detections import Dets
 from reid_nb.evaluate import operating_points, select_part, split_people
-from reid_nb.finetune import RECIPES, alter, finetune, pk_batches
+from reid_nb.finetune import RECIPES, alter, pk_batches
 from reid_nb.gallery import Gallery
 from reid_nb.heads import ReidModel
-from reid_nb.moco import MoCo, lr_at, pretrain, train_step, view_loader
+from reid_nb.moco import MoCo, lr_at, train_step, view_loader
 from reid_nb.people import Matcher, Shot, Template, Track
-from reid_nb.sessions import load_checkpoint
+from reid_nb.sessions import Run, load_checkpoint, read_state
 from reid_nb.toy_city import rng_of
 from reid_nb.views import Augment, View, ViewPairs, crop_batches
 
-HOW = dict(arch='osnet_x0_25', epochs=2, batch=8, size=(64,32), device='cpu', precision='fp32', optimizer='sgd')
+HOW = dict(arch='osnet_x0_25', epochs=2, batch=8, size=(64,32), optimizer='sgd')
+CPU = Run(device='cpu', precision='fp32')
+
+def pretrain(store, out, **kw): return contrasting.pretrain(store, out, run=CPU, **kw)
 MOVING = {'running_mean','running_var','num_batches_tracked'}
 
 @pytest.fixture(scope='module')
@@ -190,9 +193,9 @@ def test_the_input_has_mean_0_and_deviation_1(store, tmp_path, steps, unaltered)
 
 # --- Fine-tuning ------------------------------------------------------------------------------------------------------
 
-def tune(market, out, recipe=RECIPES['bot'], **kw):
-    how = dict(arch='osnet_x0_25', epochs=3, batch=16, size=(64,32), device='cpu', precision='fp32', **kw)
-    return finetune(market, recipe, out=out, **how)
+def tune(market, out, recipe='bot', run=CPU, **kw):
+    how = dict(arch='osnet_x0_25', epochs=3, batch=16, size=(64,32), **kw)
+    return finetuning.finetune(market, recipe, out=out, run=run, **how)
 
 @pytest.fixture
 def passes(monkeypatch):
@@ -249,15 +252,15 @@ def test_the_embedding_is_behind_the_neck():
 
 def test_training_begins_with_the_given_weights(store, market, tmp_path):
     init = pretrain(store, tmp_path/'moco', **{**HOW, 'epochs': 1})
-    tune(market, tmp_path, init=init, steps=0)
-    began = load_checkpoint(tmp_path/'reid.session.safetensors')[0]
+    tune(market, tmp_path, run=replace(CPU, steps=0), init=init)
+    began = read_state(tmp_path/'reid.session.pt')['parts']['model']
     given = {k: v for k,v in load_checkpoint(init)[0].items() if not k.endswith('num_batches_tracked')}
-    assert len(given) > 50 and all(torch.equal(began[f'model.{k}'], v) for k,v in given.items())
+    assert len(given) > 50 and all(torch.equal(began[k], v) for k,v in given.items())
 
 def test_the_moving_average_is_the_result(market, tmp_path, monkeypatch):
-    kept,real = [],finetuning.Trainer.run
-    def run(self, *a): kept.append(self); return real(self, *a)
-    monkeypatch.setattr(finetuning.Trainer, 'run', run)
+    kept,real = [],finetuning.Trainer.fit
+    def fit(self, *a): kept.append(self); return real(self, *a)
+    monkeypatch.setattr(finetuning.Trainer, 'fit', fit)
     end = load_checkpoint(tune(market, tmp_path, replace(RECIPES['bot'], ema=.9)))[0]
     name = 'backbone.conv1.conv.weight'
     assert torch.equal(end[name], kept[0].ema.module.state_dict()[name])

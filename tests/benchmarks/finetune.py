@@ -11,10 +11,12 @@ import io
 import os
 import platform
 import statistics
+import tempfile
 import time
 import warnings
 from contextlib import redirect_stdout
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from reid_nb.backbones import build_backbone
 from reid_nb.benchmarks import read_benchmark
-from reid_nb.finetune import RECIPES, TrainData, Trainer, TrainImages, pk_batches, take_labels
+from reid_nb.finetune import RECIPES, Trainer, TrainImages, pk_batches, take_labels
 from reid_nb.heads import ReidModel
 from reid_nb.views import parse_size, pick_device
 
@@ -55,8 +57,11 @@ def main():
     size, device = parse_size(args.size), pick_device()
     train = take_labels(read_benchmark('market_folder', args.data).train)
     classes = len({s.pid for s in train})
-    with redirect_stdout(io.StringIO()):
-        manager = ImageDataManager(args.data, 'market_folder', height=size[0], width=size[1], norm_mean=MEAN,
+    root = tempfile.TemporaryDirectory()
+    (Path(root.name)/'market1501').symlink_to(Path(args.data).absolute())
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')     # the published folder has a second name
+        manager = ImageDataManager(root.name, 'market1501', height=size[0], width=size[1], norm_mean=MEAN,
                                    norm_std=STD, transforms=['random_flip', 'random_crop', 'random_erase'],
                                    batch_size_train=args.batch, num_instances=4, workers=args.workers,
                                    train_sampler='RandomIdentitySampler', use_gpu=device.type == 'cuda')
@@ -65,8 +70,8 @@ def main():
     plain = Plain(model())
     theirs = ImageTripletEngine(manager, plain, torch.optim.Adam(plain.parameters(), 3.5e-4), label_smooth=True,
                                 use_gpu=device.type == 'cuda')
-    ours = {name: Trainer(TrainData(classes), model().to(memory_format=torch.channels_last), RECIPES['bot'], MEAN, STD,
-                          device, precision) for name, precision in {'ours, fp32': 'fp32', 'ours': None}.items()}
+    ours = {name: Trainer(model().to(memory_format=torch.channels_last), RECIPES['bot'], MEAN, STD, device, precision)
+            for name, precision in {'ours, fp32': 'fp32', 'ours': None}.items()}
     for trainer in ours.values(): trainer.train_mode(False)
     images = TrainImages(train, size, RECIPES['bot'], tuple(255*m for m in MEAN))
     ready = next(iter(DataLoader(images, batch_sampler=pk_batches(train, args.batch, 4, 0, 1))))
@@ -76,17 +81,15 @@ def main():
     def timed(work):
         sync(); t = time.perf_counter(); work(); sync()
         return time.perf_counter() - t
-    def steps(engine, batch):
-        return lambda: [engine.forward_backward(batch) for _ in range(args.steps)]
-    def whole(engine, loader):
-        return lambda: [engine.forward_backward(b) for b in islice(iter(loader), args.steps)]
+    def steps(step, batch): return lambda: [step(batch) for _ in range(args.steps)]
+    def whole(step, loader): return lambda: [step(b) for b in islice(iter(loader), args.steps)]
     def loader(k): return DataLoader(images, batch_sampler=pk_batches(train, args.batch, 4, 0, args.steps, k),
                                      num_workers=args.workers, pin_memory=device.type == 'cuda')
-    ways = {('step', 'torchreid'): lambda k: steps(theirs, ready_theirs),
-            ('whole', 'torchreid'): lambda k: whole(theirs, manager.train_loader)}
+    ways = {('step', 'torchreid'): lambda k: steps(theirs.forward_backward, ready_theirs),
+            ('whole', 'torchreid'): lambda k: whole(theirs.forward_backward, manager.train_loader)}
     for name, trainer in ours.items():
-        ways['step', name] = lambda k, t=trainer: steps(t, ready)
-        ways['whole', name] = lambda k, t=trainer: whole(t, loader(k))
+        ways['step', name] = lambda k, t=trainer: steps(t.train_batch, ready)
+        ways['whole', name] = lambda k, t=trainer: whole(t.train_batch, loader(k))
     for way in ways.values(): timed(way(0))
     times = {name: [] for name in ways}
     for k in range(args.rounds):

@@ -35,7 +35,7 @@ from torch import nn
 from reid_nb.backbones import build_backbone
 from reid_nb.crop_store import CropDataset
 from reid_nb.moco import MoCo, pretrain, train_step
-from reid_nb.sessions import Session
+from reid_nb.sessions import Run, Session
 from reid_nb.views import AUGMENTS, autocast, crop_batches, parse_size, pick_device
 
 def our_step(args, device):
@@ -129,17 +129,17 @@ def usual_path(args, total, watch):
         pin_memory=device.type == 'cuda')
     def there(x): return x.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as out:
-        session = Session(out, 'usual', {}, steps=args.steps, save_every=1e9, watch=watch)
+        session = Session(out, 'usual', {}, Run(steps=args.steps, save_every=1e9, watch=watch))
         session.resume()
         for a, b in session.steps(loader, total, 'usual', args.batch):
-            session.log(max(1, total//100), loss=step(there(a), there(b)))
+            session.record(max(1, total//100), loss=step(there(a), there(b)))
 
 def our_path(args, total, watch, draw):
     n = len(CropDataset(args.store))//args.batch
     with tempfile.TemporaryDirectory() as out:
-        pretrain(args.store, out, args.arch, epochs=total//n, size=args.size, batch=args.batch, steps=args.steps,
-                 precision=args.precision, save_every=1e9, watch=watch, draw=draw, workers=args.workers, queue=16,
-                 compile=args.compile)
+        run = Run(steps=args.steps, save_every=1e9, precision=args.precision, workers=args.workers, watch=watch)
+        pretrain(args.store, out, run=run, arch=args.arch, epochs=total//n, batch=args.batch, size=args.size, queue=16,
+                 draw=draw, compile=args.compile)
 
 def whole_path(args):
     n = len(CropDataset(args.store))//args.batch
@@ -152,7 +152,7 @@ def whole_path(args):
     for name, way in ways.items():
         seen = []
         if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-        way(lambda s: seen.append((time.monotonic(), s.step, s.waited)))
+        way(lambda s: seen.append((time.monotonic(), s.step, s.speed.waited)))
         (t, first, waited), (end, last, all_waited) = seen[1], seen[-1]
         rate = (last - first)*args.batch/(end - t)
         base = base or rate

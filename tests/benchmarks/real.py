@@ -26,7 +26,7 @@ from reid_nb.dataset import extract
 from reid_nb.evaluate import summarize
 from reid_nb.finetune import embed, load_model
 from reid_nb.moco import pretrain, validator
-from reid_nb.sessions import load_checkpoint
+from reid_nb.sessions import Run, load_checkpoint
 
 def make_store(data, out, rest, tracks):
     "real_city's crops, and those of `rest` under numbers, a folder a camera"
@@ -64,10 +64,10 @@ def main():
     floor = rank(held, *colors).figures()
     torch.manual_seed(args.seed)
     untrained = validate(build_backbone(args.arch).eval())
-    ckpt = pretrain(store.path, args.out/f'{args.arch}_{args.negatives}_{args.seed}', args.arch, args.epochs,
-                    args.minutes, size=size, augment='street', optimizer='adamw', lr=.004, m=.99, queue=args.queue,
-                    negatives=args.negatives, seed=args.seed,
-                    positives='track' if args.tracks else 'crop', validate=validate, validate_every=args.validate_every)
+    run = Run(args.minutes, seed=args.seed, validate_every=args.validate_every)
+    ckpt = pretrain(store.path, args.out/f'{args.arch}_{args.negatives}_{args.seed}', 'street', run, validate=validate,
+                    arch=args.arch, epochs=args.epochs, size=size, queue=args.queue, negatives=args.negatives,
+                    positives='track' if args.tracks else 'crop')
     curve = [h for h in load_checkpoint(ckpt)[1]['history'] if 'val_mAP' in h]
     print(f'{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, '
           f'torch {torch.__version__}; {len(store):,} crops, {args.arch} at {args.size}, seed {args.seed}')

@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -28,9 +29,9 @@ from real import make_store
 
 from reid_nb.benchmarks import read_benchmark
 from reid_nb.evaluate import bootstrap
-from reid_nb.finetune import RECIPES, change_recipe, controls, print_controls
+from reid_nb.finetune import RECIPES, controls, print_controls, training_set
 from reid_nb.moco import pretrain
-from reid_nb.sessions import latest, load_checkpoint, plot_history
+from reid_nb.sessions import Run, change_recipe, latest, load_checkpoint, plot_history
 from reid_nb.views import parse_size, pick_device
 
 matplotlib.use('agg')
@@ -78,9 +79,9 @@ def main():
     speed = {}
     def watch(session): speed.update(session.now)
     def contrast(name, **kw):
-        return pretrain(args.out/'crops.lmdb', args.out/name, args.arch, minutes=left(), batch=args.batch, size=size,
-                        augment='street', optimizer='adamw', m=.99, queue=4, negatives='video',
-                        positives='track' if args.tracks else 'crop', compile=gpu, watch=watch, **kw)
+        return pretrain(args.out/'crops.lmdb', args.out/name, 'street', Run(minutes=left(), watch=watch),
+                        arch=args.arch, batch=args.batch, size=size, positives='track' if args.tracks else 'crop',
+                        compile=gpu, **kw)
     control = contrast('rate0', epochs=1, lr=0.)   # batch statistics forget all but the last fifty batches
     init = args.init or contrast('moco', epochs=args.pretrain, lr=args.lr)
     if not args.init:
@@ -91,10 +92,11 @@ def main():
     report, tables = {}, {}
     for name in args.recipes:
         recipe = change_recipe(RECIPES[name], args.change)
+        if args.epochs: recipe = replace(recipe, epochs=args.epochs)
         if not left(): break
-        cells = controls(args.data/'cuhk03_p1', dict(nothing=None, rate0=control, moco=init), args.labels, args.seeds,
-                         args.out/name, protocol='cuhk03_p1', minutes=left(), recipe=recipe, arch=args.arch, size=size,
-                         epochs=args.epochs)
+        cells = controls(training_set(args.data/'cuhk03_p1', 'cuhk03_p1'),
+                         dict(nothing=None, rate0=control, moco=init), args.labels, args.seeds, args.out/name,
+                         minutes=left(), recipe=recipe, arch=args.arch, size=size)
         tables[name] = cells
         report[name] = [dict(init=i, labels=s, runs=[r.figures() for r in runs]) for (i, s), runs in cells.items()]
     (args.out/'study.json').write_text(json.dumps(report, indent=1))

@@ -24,7 +24,7 @@ def child(task):
     import numpy as np
     import torch
     from reid_nb.backbones import build_backbone
-    from reid_nb.finetune import RECIPES, TrainData, Trainer, embed
+    from reid_nb.finetune import RECIPES, Trainer, embed
     from reid_nb.heads import ReidModel
     from reid_nb.moco import MoCo, train_step
     from reid_nb.views import to_input
@@ -39,9 +39,9 @@ def child(task):
         def step(): train_step(moco, opt, x, x, precision='fp32')
     else:
         model = ReidModel(net, 16).to(memory_format=torch.channels_last)
-        trainer = Trainer(TrainData(16), model, RECIPES['bot'], about['mean'], about['std'], cpu, 'fp32')
+        trainer = Trainer(model, RECIPES['bot'], about['mean'], about['std'], cpu, 'fp32')
         batch = dict(img=torch.from_numpy(pixels), pid=torch.arange(16).repeat_interleave(4))
-        def step(): trainer.forward_backward(batch)
+        def step(): trainer.train_batch(batch)
         if task == 'embed':
             model.eval()
             images = list(pixels)
