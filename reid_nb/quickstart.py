@@ -117,7 +117,7 @@ def serve_folder(
         try: yield f'http://127.0.0.1:{server.server_port}'
         finally: server.shutdown()
 
-# %% ../nbs/07b_quickstart.ipynb #9262a8e7
+# %% ../nbs/07b_quickstart.ipynb #77a9d3b0
 SEEN,UNSEEN = ('market','Porto, seen'),('cuhk03_np/labeled','Nord, unseen')
 
 def first_look(dest, seed):
@@ -131,7 +131,7 @@ def first_look(dest, seed):
 
 def collect(steps, plan, seed):
     "Make the toy city, download its videos, cut the crops, pack them."
-    from reid_nb.crop_store import contact_sheet, pack
+    from reid_nb.crop_store import pack, sample_sheet
     from reid_nb.dataset import download, extract
     d = steps.dest
     def city():
@@ -146,7 +146,7 @@ def collect(steps, plan, seed):
         return dict(boxes=sum(r['boxes'] for r in rows), crops=sum(r['crops'] for r in rows))
     def fill():
         store = pack(d/'crops', d/'crops.lmdb', progress=True)
-        write_image(d/'figures'/'crops.png', contact_sheet(store, n=24, columns=12))
+        write_image(d/'figures'/'crops.png', sample_sheet(store, n=24, columns=12))
         return dict(crops=len(store), bytes=(d/'crops.lmdb').stat().st_size, digest=store.digest)
     steps('look', 'a first picture: one street, three cameras', functools.partial(first_look, d, seed))
     steps('toy', 'a toy city is drawn and filmed', city)

@@ -7,8 +7,10 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import time
 import warnings
+import zlib
 from collections import Counter
 
 import cv2
@@ -18,9 +20,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from reid_nb import crop_store as cs
-from reid_nb.crop_store import (CropDataset, CropStore, Item, PerGroup, Source, balance, chain, contact_sheet, decode,
-                                decode_batch, export, group, list_crops, lmdb_source, pack, parse_key, shard_source,
-                                stats, verify, video_source)
+from reid_nb.crop_store import (CropDataset, CropStore, Item, Source, chain_digest, count_store, decode, decode_batch,
+                                export_crops, group, list_crops, lmdb_source, pack, parse_key, sample_sheet,
+                                shard_source, verify_store, video_source)
 from reid_nb.dataset import BadInput
 
 @pytest.fixture(scope='module')
@@ -82,47 +84,52 @@ def test_a_hundred_kills_and_still_the_same(crops, store, tmp_path):
     whole = pack(crops, path)
     assert whole.finished and whole.digest == store.digest and (whole.keys == store.keys).all()
     np.testing.assert_array_equal(whole.rows, store.rows)
-    assert verify(whole) == 2400
+    assert verify_store(whole) == 2400
 
 @pytest.mark.parametrize('deaths', range(1, 6))
-def test_killed_again_and_again_between_a_shelf_and_its_note(crops, store, tmp_path, monkeypatch, deaths):
-    "Copies that were left behind, in pages that are free again, are not taken for the shelf."
-    path, locate = tmp_path/'killed.lmdb', cs.locate
-    def die(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(cs, 'locate', die)
-    for _ in range(deaths):
+def test_killed_again_and_again_in_the_middle_of_a_transaction(crops, store, tmp_path, monkeypatch, deaths):
+    "Pictures are written, what is known of them is not yet: neither of them is there."
+    path, dumps, count = tmp_path/'killed.lmdb', json.dumps, Counter()
+    def die(note):
+        if 'done' in note: count['notes'] += 1
+        if count['notes'] == 3: raise KeyboardInterrupt
+        return dumps(note)
+    monkeypatch.setattr(cs.json, 'dumps', die)
+    for k in range(deaths):
+        count.clear()
         with pytest.raises(KeyboardInterrupt): pack(crops, path, 20)
-    monkeypatch.setattr(cs, 'locate', locate)
-    assert verify(pack(crops, path, 20)) == len(store)
+        assert len(quiet(path)) == 40*(k + 1)
+    monkeypatch.undo()
+    whole = pack(crops, path, 20)
+    assert verify_store(whole) == len(store) and whole.digest == store.digest
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(shelf=st.integers(1, 70), n=st.integers(1, 60), broken=st.sets(st.integers(0, 59)))
-def test_shelves_of_any_size(crops, tmp_path, shelf, n, broken):
+@given(batch=st.integers(1, 70), n=st.integers(1, 60), broken=st.sets(st.integers(0, 59)))
+def test_batches_of_any_size(crops, tmp_path, batch, n, broken):
     jpeg = next(crops.rglob('*.jpg')).read_bytes()
     items = [Item(b'%03d' % i, b'' if i in broken else jpeg + bytes(i)) for i in range(n)]
-    path = tmp_path/f'{shelf}_{n}_{len(broken)}.lmdb'
+    path = tmp_path/f'{batch}_{n}_{len(broken)}.lmdb'
     path.unlink(missing_ok=True)
-    store = pack(Source('x', n, lambda start: iter(items[start:])), path, shelf=shelf)
+    store = pack(Source('x', n, lambda start: iter(items[start:])), path, batch=batch)
     kept = [i for i in range(n) if i not in broken]
     assert [store[i] for i in range(len(store))] == [items[i].data for i in kept]
     assert store.keys.tolist() == [items[i].key for i in kept] and len(store.skipped) == n - len(kept)
     digest = b''
-    for i in kept: digest = chain(digest, items[i].key, items[i].data)
+    for i in kept: digest = chain_digest(digest, items[i].key, items[i].data)
     assert store.digest == digest.hex()
 
 def test_an_unfinished_store_says_so(crops, store, tmp_path, monkeypatch):
-    import reid_nb.crop_store as room
-    write, path = room.write, tmp_path/'a.lmdb'
-    def die(env, **tables):
-        if 'finished' in str(tables.get('facts')): raise KeyboardInterrupt
-        write(env, **tables)
-    monkeypatch.setattr(room, 'write', die)
+    path, add = tmp_path/'a.lmdb', cs.add_batch
+    def die(txn, table, items, state):
+        if state.batches == 2: raise KeyboardInterrupt
+        add(txn, table, items, state)
+    monkeypatch.setattr(cs, 'add_batch', die)
     with pytest.raises(KeyboardInterrupt): pack(crops, path)
     monkeypatch.undo()
-    with pytest.warns(UserWarning, match='unfinished: 2,400 crops so far'): half = CropStore(path)
-    assert not half.finished and half.digest == store.digest
-    with pytest.raises(BadInput, match='unfinished'): verify(half)
-    assert pack(crops, path).finished
+    with pytest.warns(UserWarning, match='unfinished: 2,000 crops so far'): half = CropStore(path)
+    assert not half.finished and len(half) == 2000
+    with pytest.warns(UserWarning), pytest.raises(BadInput, match='unfinished'): verify_store(half)
+    assert pack(crops, path).finished and half[7] == store[7]
 
 def test_a_full_disk(crops, store, tiny_disk, tmp_path, run):
     path = tiny_disk/'crops.lmdb'
@@ -138,7 +145,7 @@ def test_a_full_disk(crops, store, tiny_disk, tmp_path, run):
     roomy = tmp_path/'roomy.lmdb'   # more room: the same store goes on elsewhere
     shutil.copy(path, roomy)
     whole = pack(big, roomy)
-    assert whole.finished and len(whole) == 9600 and verify(whole)
+    assert whole.finished and len(whole) == 9600 and verify_store(whole)
     assert [whole[i] for i in range(len(half))] == [half[i] for i in range(len(half))]
 
 def test_broken_pictures_are_named_counted_and_skipped(crops, tmp_path, run):
@@ -152,7 +159,7 @@ def test_broken_pictures_are_named_counted_and_skipped(crops, tmp_path, run):
     assert done.returncode == 0, done.stderr
     store = CropStore(tmp_path/'odd.lmdb')
     assert [k.decode() for k in store.keys] == ['a', 'e', 'x'*250]
-    assert stats(store)['skipped'] == {'another one has this name': 1, 'broken': 3}
+    assert count_store(store)['skipped'] == {'another one has this name': 1, 'broken': 3}
     for name in 'bcd': assert f'skipped {name}: broken' in done.stdout
     assert (decode(store[1]) == 7).all() and store[1][:2] == b'\xff\xd8' and '4 pictures skipped' in done.stdout
 
@@ -160,7 +167,7 @@ def test_only_broken_pictures(tmp_path):
     (tmp_path/'a').mkdir()
     (tmp_path/'a'/'b.jpg').write_bytes(b'x')
     store = pack(tmp_path/'a', tmp_path/'s.lmdb')
-    assert len(store) == 0 and store.finished and list(store) == [] and stats(store)['skipped'] == {'broken': 1}
+    assert len(store) == 0 and store.finished and list(store) == [] and count_store(store)['skipped'] == {'broken': 1}
 
 @pytest.mark.parametrize('key,want', [
     ('uk/reading/PETSs2l1v01/000003_0000012_01', ('uk/reading', 'PETSs2l1v01', 3, 12)),
@@ -176,18 +183,17 @@ def test_odd_file_names(crops, tmp_path):
     names = [b'\xff\xfe.jpg', 'è 名.jpg'.encode(), b'a\nb.JPG']
     for name in names: open(os.path.join(os.fsencode(tmp_path), name), 'wb').write(good)
     store = pack(tmp_path, tmp_path/'s.lmdb')
-    assert sorted(store.keys.tolist()) == sorted(n[:-4] for n in names) and verify(store) == 3
+    assert sorted(store.keys.tolist()) == sorted(n[:-4] for n in names) and verify_store(store) == 3
     assert len(list_crops(tmp_path)) == 3
 
 def test_damage_is_noticed(store, tmp_path, run):
-    raw = bytearray(open(store.path, 'rb').read())
+    raw = open(store.path, 'rb').read()
     (tmp_path/'cut.lmdb').write_bytes(raw[:len(raw)//2])
     with pytest.raises(BadInput, match='end of the file is missing'): CropStore(tmp_path/'cut.lmdb')
-    at = raw.find(store[5][-150:])
-    raw[at+10:at+40] = bytes(30)
-    (tmp_path/'bad.lmdb').write_bytes(raw)
+    (tmp_path/'bad.lmdb').write_bytes(raw.replace(store[5], store[5][:-140] + bytes(140)))
     done = run('reid_pack', tmp_path/'gone', tmp_path/'bad.lmdb', '--verify')
-    assert done.returncode == 2 and 'copy the file again' in done.stderr and 'Traceback' not in done.stderr
+    assert done.returncode == 2 and 'first alba' in done.stderr and 'copy the file again' in done.stderr
+    assert 'Traceback' not in done.stderr
 
 def sizes(folder): return {p: p.stat().st_size for p in folder.rglob('*') if p.is_file()}
 
@@ -256,10 +262,8 @@ def test_a_training_loop_with_workers(store, workers, how):
 
 def break_some(store, path, n):
     "A copy of a store in which n crops are no pictures any more"
-    raw = bytearray(open(store.path, 'rb').read())
-    for i in range(n):
-        at = raw.find(store[i])
-        raw[at:at+80] = bytes(80)
+    raw = open(store.path, 'rb').read()
+    for i in range(n): raw = raw.replace(store[i], bytes(80) + store[i][80:])   # also in pages that are free again
     path.write_bytes(raw)
     return path
 
@@ -387,7 +391,7 @@ def test_shards(crops, store, tmp_path, run):
     for video in sorted(p for p in crops.glob('*/*/*')): pack(video, shards/f'{video.name}.lmdb')
     many = CropStore(shards)
     assert len(many) == 2400 and sorted(many[i] for i in range(2400)) == sorted(store[i] for i in range(2400))
-    assert pickle.loads(pickle.dumps(many))[1300] == many[1300] and verify(many) == 2400
+    assert pickle.loads(pickle.dumps(many))[1300] == many[1300] and verify_store(many) == 2400
     np.testing.assert_allclose(many.mean, store.mean, atol=1e-6)
     done = run('reid_pack', shards, tmp_path/'one.lmdb', '--merge', '--verify')
     assert done.returncode == 0, done.stderr
@@ -429,12 +433,13 @@ def test_out_and_in_again(crops, store, tmp_path, run):
     assert cv2.imread(str(sheet)).shape == (4*96, 16*48, 3)
     one = next((tmp_path/'out').rglob('*.jpg'))
     one.write_bytes(b'cut off')
-    assert export(store, tmp_path/'out') == 2400 and pack(tmp_path/'out', tmp_path/'third.lmdb').digest == store.digest
+    assert export_crops(store, tmp_path/'out') == 2400
+    assert pack(tmp_path/'out', tmp_path/'third.lmdb').digest == store.digest
 
 @pytest.mark.parametrize('key', [b'../evil', b'/tmp/reid_nb_evil', b'a/../../evil'])
 def test_no_key_leads_out_of_the_folder(store, tmp_path, key):
     odd = pack(Source('x', 1, lambda start: iter([Item(key, store[0])][start:])), tmp_path/'odd.lmdb')
-    with pytest.raises(BadInput, match='leads out'): export(odd, tmp_path/'in'/'out')
+    with pytest.raises(BadInput, match='leads out'): export_crops(odd, tmp_path/'in'/'out')
     assert not list(tmp_path.rglob('*evil*')) and not os.path.exists('/tmp/reid_nb_evil.jpg')
 
 def test_a_read_only_folder(crops, store, tiny_disk, run):
@@ -463,21 +468,14 @@ def test_reading_while_another_packs(crops, store, tmp_path):
     child.join()
     assert child.exitcode == 0 and len(seen) > 2 and CropStore(path).digest == store.digest
 
-def test_fair_shares():
+def test_groups():
     labels = np.array(['a']*900 + ['b']*90 + ['c']*10)
-    weights = balance(labels)
-    np.testing.assert_allclose([weights[labels == x].sum() for x in 'abc'], 1/3)
     assert {k: len(v) for k, v in group(labels).items()} == dict(a=900, b=90, c=10)
-    sampler = PerGroup(labels, 20, seed=3)
-    first, second = list(sampler), list(sampler)
-    assert len(sampler) == 60 and set(Counter(labels[first]).values()) == {20} and first != second
-    assert len(set(first[i] for i in range(60) if labels[first[i]] == 'a')) == 20
-    assert list(PerGroup(labels, 20, seed=3)) == first
 
-def test_contact_sheet_of_a_few(crops, tmp_path):
+def test_a_sample_sheet_of_a_few(crops, tmp_path):
     (tmp_path/'few').mkdir()
     for f in sorted(crops.rglob('*.jpg'))[:3]: shutil.copy(f, tmp_path/'few')
-    assert contact_sheet(pack(tmp_path/'few', tmp_path/'few.lmdb'), columns=2).shape == (192, 96, 3)
+    assert sample_sheet(pack(tmp_path/'few', tmp_path/'few.lmdb'), columns=2).shape == (192, 96, 3)
 
 def test_batches_on_the_gpu(store, cuda):
     jpegs = [store[i] for i in range(64)] + [b'broken']
@@ -487,7 +485,7 @@ def test_batches_on_the_gpu(store, cuda):
 
 def test_a_killed_stream_goes_on(toy, tmp_path):
     def source(): return video_source(toy/'videos', toy/'dets')
-    whole, items = pack(source(), tmp_path/'whole.lmdb', shelf=64), source().items
+    whole, items = pack(source(), tmp_path/'whole.lmdb', batch=64), source().items
     class Die(Exception): "Somewhere in the second video"
     def dying(start):
         for k, item in enumerate(items(start)):
@@ -495,18 +493,202 @@ def test_a_killed_stream_goes_on(toy, tmp_path):
             yield item
     broken = source()
     broken.items = dying
-    with pytest.raises(Die): pack(broken, tmp_path/'half.lmdb', shelf=64)
+    with pytest.raises(Die): pack(broken, tmp_path/'half.lmdb', batch=64)
     assert 1000 < len(quiet(tmp_path/'half.lmdb')) < 1234
-    again = pack(source(), tmp_path/'half.lmdb', shelf=64)
-    assert again.digest == whole.digest and again.skipped == whole.skipped and verify(again)
+    again = pack(source(), tmp_path/'half.lmdb', batch=64)
+    assert again.digest == whole.digest and again.skipped == whole.skipped and verify_store(again)
 
-def test_a_copy_by_lmdb(store, tmp_path):
-    for name, compact in ('plain.lmdb', False), ('compact.lmdb', True):
-        with open(tmp_path/name, 'wb') as f, lmdb.open(store.path, subdir=False, readonly=True, lock=False) as env:
-            env.copyfd(f.fileno(), compact=compact)
-    assert verify(tmp_path/'plain.lmdb') == 2400
-    try: assert verify(tmp_path/'compact.lmdb') == 2400   # nothing was free, so nothing had to move; or it is refused
-    except BadInput as e: assert 'pages were moved' in str(e)
+def half_and_whole(crops, path):
+    "A store that was killed after some batches, as a copy; and the path of the same store, gone on with"
+    child = multiprocessing.get_context('fork').Process(target=pack, args=(crops, path, 20))
+    child.start()
+    while not (path.exists() and path.stat().st_size > 500_000): time.sleep(.0005)
+    child.kill()
+    child.join()
+    shutil.copy(path, path.with_name('half.lmdb'))
+    pack(crops, path, 20)
+    return path.with_name('half.lmdb'), path
+
+def test_copies_by_lmdb_are_equal(crops, store, tmp_path):
+    "Of a whole store, of one that was killed, and of one that was killed and gone on with"
+    half, resumed = half_and_whole(crops, tmp_path/'killed.lmdb')
+    for k, path in enumerate((store.path, half, resumed)):
+        want, n = quiet(path), f'{k}.lmdb'
+        for compact in False, True:
+            copy = tmp_path/f'copy_{compact}_{n}'
+            cs.open_reader(path).copy(str(copy), compact=compact)
+            got = quiet(copy)
+            assert got.digest == want.digest and (got.keys == want.keys).all() and (got.rows == want.rows).all()
+            assert list(got) == list(want) and got.finished == want.finished == (path != half)
+        assert copy.stat().st_size <= os.path.getsize(path)
+        if path != half: assert verify_store(copy) == 2400
+    shutil.copy(copy, tmp_path/'go_on.lmdb')
+    cs.open_reader(half).copy(str(tmp_path/'half_copy.lmdb'), compact=True)
+    assert pack(crops, tmp_path/'half_copy.lmdb').digest == store.digest   # a copy of a half goes on too
+
+def test_copies_by_the_program_are_equal(crops, tmp_path):
+    if not shutil.which('mdb_copy'): pytest.skip('mdb_copy is not here (lmdb-utils): its copies are not tried')
+    for path in half_and_whole(crops, tmp_path/'killed.lmdb'):
+        copy = path.with_name(f'copy_of_{path.name}')
+        subprocess.run(['mdb_copy', '-n', '-c', path, copy], check=True)
+        assert list(quiet(copy)) == list(quiet(path)) and quiet(copy).digest == quiet(path).digest
+
+def test_a_stranger_reads_it(crops, store, tmp_path):
+    "With an LMDB library and nothing of ours: path -> JPEG, and one named database."
+    code = f"""
+import lmdb, sys
+with lmdb.open({store.path!r}, subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
+    for key, value in txn.cursor(): sys.stdout.buffer.write(key + b' ' + str(len(value)).encode() + b'\\n')
+    open({str(tmp_path/'one.jpg')!r}, 'wb').write(txn.get({store.keys[5].item()!r}))
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    meta, *lines = done.stdout.splitlines()
+    files = sorted(crops.rglob('*.jpg'))
+    assert meta.startswith('.meta ') and (tmp_path/'one.jpg').read_bytes() == store[5]
+    assert lines == [f'{str(f.relative_to(crops))[:-4]} {f.stat().st_size}' for f in files]
+
+def write_form_2(path, items, shelf=7, finished=True):
+    "A store as it was written before: a thousand pictures in a value, pread past LMDB"
+    tables, digest = {name: {} for name in ('images', 'rows', 'keys', 'notes', 'facts')}, b''
+    tables['facts'][b'begun'] = json.dumps(dict(schema=2, items=len(items), source='x')).encode()
+    for k in range(0, len(items), shelf):
+        rows, number, some = [], b'%08d' % (k//shelf), items[k:k+shelf]
+        for item in map(cs.measure_item, some):
+            *_, pid, frame = parse_key(item.key.decode())
+            rows.append((len(item.data), 0, pid, frame, item.box, *item.seen))
+            digest = chain_digest(digest, item.key, item.data)
+        tables['images'][number] = b''.join(item.data for item in some).ljust(4096, b'\0') + bytes(16)
+        tables['rows'][number] = np.array(rows, cs.OLD_ROW).tobytes()
+        tables['keys'][number] = zlib.compress(b'\0'.join(item.key for item in some))
+        note = dict(done=k + len(some), count=k + len(some), digest=digest.hex(), skipped=[], at=16,
+                    folders=['alba/porto/toyVideo000'] if k == 0 else [])
+        tables['notes'][number] = json.dumps(note).encode()
+    if finished: tables['facts'][b'finished'] = b'{}'
+    with lmdb.open(str(path), subdir=False, max_dbs=5, map_size=1 << 26) as env, env.begin(write=True) as txn:
+        for name, values in tables.items():
+            db = env.open_db(name.encode(), txn=txn)
+            for k, v in values.items(): txn.put(k, v, db=db)
+    return digest.hex()
+
+def test_a_store_of_form_2(crops, store, tmp_path, run):
+    old, new = tmp_path/'old.lmdb', tmp_path/'new.lmdb'
+    items = [Item(store.keys[i].item(), store[i], box=(1, 2, 3, 4)) for i in range(40)]
+    digest = write_form_2(old, items)
+    for args in ('gone', old, '--stats'), (crops, old), (old, new, '--merge'):
+        done = run('reid_pack', *args)
+        assert done.returncode == 2 and 'form 2' in done.stderr and '--from-lmdb' in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 and not new.exists()
+    done = run('reid_pack', old, new, '--from-lmdb', '--verify')
+    assert done.returncode == 0, done.stderr
+    got = CropStore(new)
+    assert got.digest == digest and list(got) == [store[i] for i in range(40)] and (got.keys == store.keys[:40]).all()
+    assert (got.boxes == [1, 2, 3, 4]).all() and (got.pids == store.pids[:40]).all()
+    assert (got.rows['mean'] == store.rows['mean'][:40]).all() and set(got.videos) == {'toyVideo000'}
+    write_form_2(tmp_path/'half.lmdb', items, finished=False)
+    done = run('reid_pack', tmp_path/'half.lmdb', tmp_path/'b.lmdb', '--from-lmdb')
+    assert done.returncode == 2 and 'not finished' in done.stderr and not (tmp_path/'b.lmdb').exists()
+
+def test_a_changed_byte_is_named(store, tmp_path, run):
+    "Even where the picture can still be decoded."
+    raw, data = open(store.path, 'rb').read(), bytearray(store[1234])
+    for k in range(len(data) - 3, 0, -1):
+        data[k] ^= 1
+        if decode(bytes(data)) is not None: break
+        data[k] ^= 1
+    (tmp_path/'bad.lmdb').write_bytes(raw.replace(store[1234], data))
+    with pytest.raises(BadInput, match=f'1 crops changed or broken, first {store.keys[1234].decode()}'):
+        verify_store(tmp_path/'bad.lmdb')
+
+def test_a_damaged_tree_is_refused_before_it_is_read(store, tmp_path, run):
+    "Random bytes in pages of the tree end a program that trusts them."
+    raw, r = open(store.path, 'rb').read(), random.Random(0)
+    numbers = range(2, len(raw)//4096)
+    tree = [p for p in numbers if raw[p*4096+10] & 3 and raw[p*4096:p*4096+8] == p.to_bytes(8, 'little')]
+    for k in range(5):
+        bad = bytearray(raw)
+        for p in tree:
+            at = p*4096 + 16
+            bad[at:at+40] = r.randbytes(40)
+        (tmp_path/'bad.lmdb').write_bytes(bad)
+        done = run('reid_pack', 'gone', tmp_path/'bad.lmdb', '--verify')
+        assert done.returncode == 2 and 'damaged' in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+@pytest.mark.parametrize('key,value', [
+    (b'begun', None), (b'begun', b'{'), (b'begun', b'[]'), (b'begun', b'{"items": 9, "schema": 99}'),
+    (b'00000001', None), (b'00000001', b''), (b'00000001', b'7\n'), (b'00000001', b'{"rows": -1}\n'),
+    (b'00000000', b'{"rows": 99999999999, "done": 1, "digest": "", "folders": [], "skipped": []}\n'),
+    (b'00000001', b'{"rows": 1, "done": 1, "digest": "", "folders": [], "skipped": []}\n' + b'\xff'*44 + b'a')])
+def test_hostile_notes(store, tmp_path, run, key, value):
+    path = tmp_path/'bad.lmdb'
+    shutil.copy(store.path, path)
+    with lmdb.open(str(path), subdir=False, max_dbs=1) as env, env.begin(write=True) as txn:
+        db = env.open_db(b'.meta', txn=txn)
+        if value is None: txn.delete(key, db=db)
+        else: txn.put(key, value, db=db)
+    with pytest.raises(BadInput, match='damaged|written in form 99') as e: CropStore(path)
+    assert '\n' not in str(e.value)
+
+def test_a_picture_that_is_gone_and_one_that_nobody_noted(store, tmp_path):
+    path = tmp_path/'bad.lmdb'
+    shutil.copy(store.path, path)
+    with lmdb.open(str(path), subdir=False, map_size=1 << 26) as env, env.begin(write=True) as txn:
+        txn.delete(store.keys[7].item())
+        txn.put(b'stranger', b'a guest')
+    with pytest.raises(BadInput, match='is not in it any more'): CropStore(path)[7]
+    with pytest.raises(BadInput, match='is not in it any more'): verify_store(path)
+    assert len(CropStore(path)) == 2400
+
+def test_a_key_too_long(crops, tmp_path, run):
+    deep = tmp_path/'crops'/('a'*200)/('b'*200)/('c'*200)
+    deep.mkdir(parents=True)
+    shutil.copy(next(crops.rglob('*.jpg')), deep)
+    done = run('reid_pack', tmp_path/'crops', tmp_path/'s.lmdb')
+    assert done.returncode == 2 and 'LMDB takes 511' in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path/'s.lmdb').exists()
+
+def test_a_forked_child_has_the_file_for_itself(store):
+    "It opens it anew, and the parent reads on."
+    ctx = multiprocessing.get_context('fork')
+    def child(results): results.put((len(cs._opened), store[3], len(cs._opened)))
+    before, results = store[2], ctx.Queue()
+    for _ in range(5):
+        process = ctx.Process(target=child, args=(results,))
+        process.start()
+        assert results.get(timeout=600) == (0, store[3], 1)
+        process.join()
+        assert process.exitcode == 0 and store[2] == before
+
+def test_threads_share_a_store(store):
+    from concurrent.futures import ThreadPoolExecutor
+    want = list(store)
+    order = np.random.default_rng(0).permutation(2400).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5): assert all(pool.map(lambda i: store[i] == want[i], order))
+
+def test_what_a_reader_sees_stays_while_another_packs(store, tmp_path):
+    "No page that somebody may be reading is used again."
+    ctx, path = multiprocessing.get_context('fork'), tmp_path/'a.lmdb'
+    there, go, order = ctx.Event(), ctx.Event(), random.Random(0).sample(range(2400), 2400)
+    items = [Item(store.keys[i].item(), store[i]) for i in order]
+    def waiting(start):
+        for k, item in enumerate(items):
+            if k == 400: there.set(); go.wait(600)
+            yield item
+    child = ctx.Process(target=pack, args=(Source('x', 2400, waiting), path, 20))
+    child.start()
+    assert there.wait(600)
+    half = quiet(path)
+    go.set()
+    child.join()
+    assert child.exitcode == 0 and len(half) == 400 and list(half) == [item.data for item in items[:400]]
+    assert list(CropStore(path)) == [item.data for item in items] and verify_store(path) == 2400
+
+def test_packing_on_beside_a_reader_in_the_same_process(crops, store, tmp_path):
+    half, path = half_and_whole(crops, tmp_path/'a.lmdb')
+    some = quiet(half)
+    before = list(some)
+    whole = pack(crops, half)
+    assert list(some) == before and list(whole) == list(store) and verify_store(half) == 2400
 
 @pytest.mark.parametrize('args,words', [
     (('crops', 'a.lmdb', '--sample', 'sheet.xyz'), 'contact sheet ends in'),

@@ -1,16 +1,17 @@
-"""The store beside its peers, in one run: an image folder, raw py-lmdb, and the reader that LUPerson has.
+"""The store beside raw py-lmdb with the same keys and values, and beside an image folder, in one run.
 
-    python tests/benchmarks/store.py [--records 100000] [--repeats 5]
+    python tests/benchmarks/store.py [--records 100000] [--repeats 5] [--height 256] [--dest FOLDER]
 
-Medians of several rounds; in each round every system does the same, one after another. JPEGs of 128x64 from the toy
-city, several thousand different ones, repeated. Writing: from pictures in memory until all is on the disk; databases
-sync at every commit, the folder once at the end. Reading: random order, page cache warm. LUPerson's reader encodes
-the key and begins a transaction for each picture.
+Medians of several rounds; in each round every system does the same, one after another. JPEGs from the crops of the toy
+city, all of one height, several thousand different ones, repeated; keys as extraction gives them. Writing: from
+pictures in memory until all is on the disk; databases sync at every commit, the folder once at the end. Reading: page
+cache warm, seconds of the processor. LUPerson's reader encodes the key and begins a transaction for each picture.
 """
 import argparse
 import gc
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -20,105 +21,126 @@ import cv2
 import lmdb
 import numpy as np
 
-from reid_nb.crop_store import Item, Source, pack
+from reid_nb.crop_store import CropStore, Item, Source, close_readers, decode, pack
 from reid_nb.toy_city import build_toy
 
 
-def make_records(n):
-    "[(name, JPEG)]: names as LUPerson-NL gives them"
-    files = sorted((build_toy(Path(__file__).parents[2]/'nbs'/'_run'/'toy')/'market').rglob('*.jpg'))
-    small = [cv2.resize(cv2.imread(str(f)), (64, 128)) for f in files]
-    jpegs = [cv2.imencode('.jpg', im, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes() for im in small]
-    return [(f'{k//500:05d}_{k//20:06d}_{k:07d}_00', jpegs[k % len(jpegs)]) for k in range(n)]
+def make_records(n, height):
+    "[(key, JPEG)]"
+    files = sorted((build_toy(Path(__file__).parents[2]/'nbs'/'_run'/'toy')/'market').rglob('*.jpg'))[:3000]
+    pictures = [cv2.resize(cv2.imread(str(f)), (height//2, height)) for f in files]
+    jpegs = [cv2.imencode('.jpg', im, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes() for im in pictures]
+    keys = [f'alba/porto/toyVideo{k//5000:03d}/{k//20:06d}_{k:07d}_00' for k in range(n)]
+    return [(key, jpegs[k % len(jpegs)]) for k, key in enumerate(keys)]
 
 def write_folder(root, records):
-    for name, jpeg in records:
-        folder = root/name[:5]
-        if not folder.exists(): folder.mkdir(parents=True)
-        with open(f'{folder}/{name}.jpg', 'wb') as f: f.write(jpeg)
+    for key, jpeg in records:
+        path = f'{root}/{key}.jpg'
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'wb') as f: f.write(jpeg)
 
 def write_lmdb(path, records):
-    with lmdb.open(str(path), subdir=False, map_size=1 << 34) as env:
+    with lmdb.open(str(path), subdir=False, map_size=1 << 40) as env:
         for at in range(0, len(records), 1000):
             with env.begin(write=True) as txn:
-                for name, jpeg in records[at:at+1000]: txn.put(name.encode(), jpeg, append=True)
+                for key, jpeg in records[at:at+1000]: txn.put(key.encode(), jpeg, append=True)
 
 def source(records, seen):
-    def items(start): return (Item(name.encode(), jpeg, seen=seen) for name, jpeg in records[start:])
+    def items(start): return (Item(key.encode(), jpeg, seen=seen) for key, jpeg in records[start:])
     return Source('benchmark', len(records), items)
 
 def write_ours(path, records): pack(source(records, (128, 64, (.5,)*3, (.2,)*3)), path)
 
-def write_ours_looking(path, records): pack(source(records, None), path)
+def write_ours_measuring(path, records): pack(source(records, None), path)
 
-def readers(root, records, order):
-    "{system: function that reads all of `order`}"
-    names = [name for name, _ in records]
-    paths = [f'{root}/folder/{name[:5]}/{name}.jpg' for name in names]
-    def folder():
+def readers(root, records):
+    "{what: {system: function of the numbers to read}}"
+    keys = [key.encode() for key, _ in records]
+    env = lmdb.open(f'{root}/raw.lmdb', subdir=False, readonly=True, lock=False, readahead=False)
+    txn, store = env.begin(), CropStore(f'{root}/ours.lmdb')
+    def folder(order):
         for i in order:
-            with open(paths[i], 'rb') as f: f.read()
-    env = lmdb.open(f'{root}/raw.lmdb', subdir=False, readonly=True, lock=False, readahead=False, meminit=False)
-    def luperson():
+            with open(f'{root}/folder/{records[i][0]}.jpg', 'rb') as f: f.read()
+    def luperson(order):
         for i in order:
-            key = names[i]
-            with env.begin(write=False) as txn: txn.get(key.encode('ascii'))
-    keys = [name.encode() for name in names]
-    def raw():
-        with env.begin() as txn:
-            for i in order: txn.get(keys[i])
-    store = pack(source(records, None), f'{root}/ours.lmdb')   # it stands: this opens it
-    def ours():
+            key = records[i][0]
+            with env.begin(write=False) as one: one.get(key.encode('ascii'))
+    def raw(order):
+        for i in order: txn.get(keys[i])
+    def ours(order):
         for i in order: store[i]
-    return {'folder': folder, 'LUPerson': luperson, 'raw get': raw, 'ours': ours}
+    def raw_decoded(order):
+        for i in order: decode(txn.get(keys[i]))
+    def ours_decoded(order):
+        for i in order: decode(store[i])
+    reads = {'raw get': raw, 'ours': ours}
+    return {'random reads': reads | {'LUPerson': luperson, 'folder': folder},
+            'read and decode': {'raw get': raw_decoded, 'ours': ours_decoded}, 'reads in order': reads}
+
+def open_raw(root):
+    with lmdb.open(f'{root}/raw.lmdb', subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
+        list(txn.cursor().iternext(values=False))
 
 def taken(path):
     "Bytes of disk"
     files = [path] if path.is_file() else path.rglob('*')
     return sum(f.stat().st_blocks*512 for f in files if f.is_file())
 
-def timed(f):
+def timed(f, clock=time.perf_counter):
     gc.collect()
-    t = time.perf_counter()
+    t = clock()
     f()
-    return time.perf_counter() - t
-
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--records', type=int, default=100_000)
-    p.add_argument('--repeats', type=int, default=5)
-    args = p.parse_args()
-    records = make_records(args.records)
-    size = sum(len(jpeg) for _, jpeg in records)
-    print(f'{len(records):,} records of {size/len(records):,.0f} bytes; {platform.machine()}, {os.cpu_count()} cores, '
-          f'Python {platform.python_version()}, lmdb {lmdb.__version__}, numpy {np.__version__}, cv2 {cv2.__version__}')
-    writers = {'folder': (write_folder, 'folder'), 'raw put': (write_lmdb, 'raw.lmdb'),
-               'ours': (write_ours, 'ours.lmdb'), 'ours, each decoded': (write_ours_looking, 'looked.lmdb')}
-    with tempfile.TemporaryDirectory(dir=Path(__file__).parents[2]/'nbs'/'_run') as folder:
-        times = {name: [] for name in writers}
-        for k in range(args.repeats):   # each time anew, and nothing is deleted meanwhile
-            root = Path(folder)/str(k)
-            root.mkdir()
-            for name, (write, where) in writers.items():
-                os.sync()
-                times[name].append(timed(lambda: (write(root/where, records), os.sync())))
-        report('writes', times, len(records), 'folder')
-        print('disk taken over the sum of the JPEG bytes:')
-        for name, (_, where) in writers.items():
-            print(f'    {name:20} {taken(root/where)/size - 1:+8.1%}')
-        order = np.random.default_rng(0).permutation(len(records)).tolist()
-        reads = readers(root, records, order)
-        for f in reads.values(): f()   # warm
-        times = {name: [] for name in reads}
-        for _ in range(args.repeats):
-            for name, f in reads.items(): times[name].append(timed(f))
-        report('random reads', times, len(order), 'raw get')
+    return clock() - t
 
 def report(what, times, n, peer):
     "Medians, and ratios within a round"
     for name, ts in times.items():
         ratios = sorted(p/t for p, t in zip(times[peer], ts))
-        print(f'{what:>14} {name:20} {n/statistics.median(ts):10,.0f} a second, {statistics.median(ratios):6.2f} times '
-              f'{peer} ({ratios[0]:.2f} to {ratios[-1]:.2f})')
+        print(f'{what:>15} {name:22} {n/statistics.median(ts):10,.0f} a second, {statistics.median(ratios):6.2f} times '
+              f'{peer} ({ratios[0]:.2f} to {ratios[-1]:.2f})', flush=True)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--records', type=int, default=100_000)
+    p.add_argument('--repeats', type=int, default=5)
+    p.add_argument('--writes', type=int, default=3, help='rounds of writing')
+    p.add_argument('--height', type=int, default=256, help='of a picture, in pixels')
+    p.add_argument('--dest', help='folder for what is written; it is deleted again')
+    args = p.parse_args()
+    records = make_records(args.records, args.height)
+    size, n = sum(len(jpeg) for _, jpeg in records), len(records)
+    print(f'{n:,} records of {size/n:,.0f} bytes; {platform.machine()}, {os.cpu_count()} cores, Python '
+          f'{platform.python_version()}, lmdb {lmdb.__version__}, numpy {np.__version__}, cv2 {cv2.__version__}')
+    writers = {'raw put': (write_lmdb, 'raw.lmdb'), 'ours': (write_ours, 'ours.lmdb'),
+               'ours, each decoded': (write_ours_measuring, 'measured.lmdb'), 'folder': (write_folder, 'folder')}
+    with tempfile.TemporaryDirectory(dir=args.dest) as folder:
+        times, root = {name: [] for name in writers}, Path(folder)
+        for _ in range(args.writes):
+            for name, (write, where) in writers.items():
+                close_readers()
+                if (root/where).is_dir(): shutil.rmtree(root/where)
+                (root/where).unlink(missing_ok=True)
+                os.sync()
+                times[name].append(timed(lambda: (write(root/where, records), os.sync())))
+        report('writes', times, n, 'raw put')
+        print('disk taken over the sum of the JPEG bytes:')
+        for name, (_, where) in writers.items(): print(f'    {name:20} {taken(root/where)/size - 1:+8.1%}')
+        close_readers()
+        times = {'raw, all keys': [], 'ours': []}
+        for _ in range(args.repeats):
+            times['raw, all keys'].append(timed(lambda: open_raw(root)))
+            times['ours'].append(timed(lambda: CropStore(root/'ours.lmdb')))
+        for name, ts in times.items(): print(f'opening: {name:20} {1000*statistics.median(ts):8.1f} ms')
+        shuffled = np.random.default_rng(0).permutation(n).tolist()
+        for what, reads in readers(root, records).items():
+            order = list(range(n)) if 'order' in what else shuffled[:10_000] if 'decode' in what else shuffled
+            for f in reads.values(): f(order)   # warm
+            times = {name: [] for name in reads}
+            for _ in range(args.repeats):
+                spent = dict.fromkeys(reads, 0.)
+                for at in range(0, len(order), 2000):   # by turns, so that other work on the machine hits all of them
+                    for name, f in reads.items(): spent[name] += timed(lambda: f(order[at:at+2000]), time.process_time)
+                for name in reads: times[name].append(spent[name])
+            report(what, times, len(order), 'raw get')
 
 if __name__ == '__main__': main()
