@@ -47,7 +47,7 @@ FAULTS = [
     ('views', 'return (-mean/std).to(device),(1/(255*std)).to(device)',
      'return (-mean).to(device),(1/(255*std)).to(device)',
      WIRING + ' -k deviation'),
-    ('views', "order,was = rng_of('order', seed, epoch)", "order,was = rng_of('order', seed, 0)",
+    ('views', "order,shuffled = rng_of('order', seed, epoch)", "order,shuffled = rng_of('order', seed, 0)",
      WIRING + ' -k epochs'),
     ('views', 'others = others[others!=i]', 'others = others[others==i]', WIRING + ' -k positive'),
     ('views', 'if view.flip: out = cv2.flip(out, 1)', 'if view.flip: out = cv2.flip(out, 0)', 'tests/test_views.py'),
@@ -90,7 +90,8 @@ FAULTS = [
     ('sessions', 'if self.newest.exists(): os.replace(self.newest, self.before)', 'pass', 'tests/test_sessions.py'),
     ('sessions', 'able = was==', 'able = False and was==', 'tests/test_sessions.py'),
     ('transfer', 'if table.missing: why', 'if False: why', 'tests/test_finetune.py -k "refused or donor"'),
-    ('transfer', 'weights_only=True', 'weights_only=False', 'tests/test_finetune.py -k refused'),
+    ('transfer', "try: state = torch.load(path, map_location='cpu', weights_only=True)",
+     "try: state = torch.load(path, map_location='cpu', weights_only=False)", 'tests/test_finetune.py -k refused'),
     # Videos, boxes, crops
     ('toy_city', 'if not lives: f.unlink()', 'pass', 'tests/test_sessions.py -k swept'),
     ('toy_city', 'psutil.pid_exists(int(of[1]))', 'False', 'tests/test_sessions.py -k swept'),
