@@ -515,8 +515,8 @@ def reid_gallery(
     if unmerge: here.unmerge(unmerge)
     if search: here.index.use(search)
     if reembed:
-        from reid_nb.people import on_screen
-        with on_screen() as progress: reembed_gallery(here, checkpoint, progress)
+        from reid_nb.people import progress_bar
+        with progress_bar() as progress: reembed_gallery(here, checkpoint, progress)
     rows = here.store.history() if log else here.people()
     if json: print(as_json(rows))
     else: print('\n'.join(f'{t} {e} {n or ""} {d}' for t, e, n, d in rows) if log else show_people(rows))

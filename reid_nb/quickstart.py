@@ -240,23 +240,23 @@ ENROLLED = 'Ada Bruno Chiara'.split()
 QUESTIONS = [('verify', 'Ada', 'ada_c3', 'match'), ('verify', 'Ada', 'dario_c3', 'no match'),
              ('identify', None, 'bruno_c3', 'Bruno'), ('identify', None, 'elena_c3', 'unknown')]
 
-# %% ../nbs/07b_quickstart.ipynb #1cff8b5a
+# %% ../nbs/07b_quickstart.ipynb #677ed41e
 def recognise(steps, checkpoint, seed):
     "Enrol three people and ask four questions; returns the answers as dicts."
-    from reid_nb.biometrics import ORDER, enroll, evidence, identify, look_at, verify
+    from reid_nb.biometrics import ANSWERS, enroll, evidence, find_usable_tracks, identify, verify
     from reid_nb.evaluate import calibrate
     d = steps.dest
     clip = lambda name: d/'toy'/'clips'/f'{name}.mp4'
     def enrol(name):
         video = clip(f'{name.lower()}_c1')
-        tracks,_ = look_at(video, 'motion', 0, None)
+        tracks,_ = find_usable_tracks(video, 'motion', 0, None)
         longest = max(tracks, key=lambda t: len(t.seen))   # a person may be lost and found again
         got = enroll(name, video, d/'gallery', d/checkpoint, track=longest.number, consent='drawn for this course')
         return dict(name=name, crops=len(got['crops']))
     def ask(kind, claimed, name, truth):
         given = clip(name),d/'gallery',d/checkpoint
         got = verify(claimed, *given) if kind == 'verify' else identify(*given)
-        best = min(got.decisions, key=lambda x: ORDER.index(x.answer))
+        best = min(got.decisions, key=lambda x: ANSWERS.index(x.answer))
         said = {'match': claimed and 'match' or best.name, 'no match': 'no match' if claimed else 'unknown'}
         write_image(d/'figures'/f'{kind}_{name}.png', evidence(best, d/'gallery'))
         return dict(question=f'is {claimed} in {name}?' if claimed else f'who is in {name}?', truth=truth,

@@ -38,7 +38,7 @@ def network(toy):
 def site(network, toy, tmp_path):
     "The running demo, with nobody enrolled: (its address, the gallery's folder)"
     app = demo.build_demo(tmp_path/'gallery', network, examples=toy/'clips')
-    _, url, _ = demo.serve(app, prevent_thread_lock=True, quiet=True, inline=False)
+    _, url, _ = demo.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
     yield url, tmp_path/'gallery'
     app.close()
 
@@ -185,13 +185,13 @@ def test_a_late_list_undoes_no_choice(browser, site, network, toy, monkeypatch):
     "Who is faster than a slow server's list keeps choice and words; who comes back finds nothing chosen."
     url, gallery = site
     enroll('Ada', toy/'clips'/'ada_c1.mp4', gallery, network)
-    v, come, people_now = Visitor(browser, url), threading.Event(), demo.Desk.people
+    v, come, people_now = Visitor(browser, url), threading.Event(), demo.DemoBackend.people
     v.tab('Gallery')
     ada, new_name = v.panel.get_by_label('Ada'), v.panel.get_by_label('New name')
     ada.wait_for()
     v.tab('Enrollment')
     enroll('Bruno', toy/'clips'/'bruno_c1.mp4', gallery, network)
-    monkeypatch.setattr(demo.Desk, 'people', lambda self: come.wait(60) and people_now(self))
+    monkeypatch.setattr(demo.DemoBackend, 'people', lambda self: come.wait(60) and people_now(self))
     v.tab('Gallery')
     ada.check()
     v.page.evaluate(TYPE_AT_ONCE, 'Ada B')     # nobody types faster: in the very moment in which the field is there
@@ -260,10 +260,10 @@ def test_progress_and_cancel(browser, site):
     "A long step says how far it is; Cancel ends it, and nothing is stored."
     url, gallery = site
     v = Visitor(browser, url)
-    judge = people.judge
-    def dawdle(*args): return time.sleep(.2) or judge(*args)
+    check_people = people.check_people
+    def dawdle(*args): return time.sleep(.2) or check_people(*args)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(people, 'judge', dawdle)
+        m.setattr(people, 'check_people', dawdle)
         v.tab('Enrollment')
         v.example('ada_c1')
         v.panel.get_by_label('Name Surname').fill('Ada')
@@ -299,7 +299,7 @@ def test_who_has_no_password_stays_outside(browser, network, tmp_path):
     (tmp_path/'login').write_text('ada:count:ess\n')
     app = demo.build_demo(tmp_path/'gallery', network)
     login = demo.read_login(tmp_path/'login')
-    _, url, _ = demo.serve(app, login=login, prevent_thread_lock=True, quiet=True, inline=False)
+    _, url, _ = demo.serve_demo(app, login=login, prevent_thread_lock=True, quiet=True, inline=False)
     page = browser.new_page()
     page.goto(url)
     def enter(password):

@@ -21,104 +21,106 @@ from reid_nb import gallery as gal
 from reid_nb import people as ppl
 from reid_nb import demo
 from reid_nb.dataset import BadInput
-from reid_nb.people import clock
+from reid_nb.people import frame_times
 
 def text(reply): return reply if isinstance(reply, str) else reply[0]
 def kind(reply): return re.search(r'class="answer (\w+)"', text(reply))[1]
 def images(reply): return text(reply).count('<img')
 
 @pytest.fixture
-def desk(tmp_path):
-    return demo.Desk(tmp_path/'root'/'gallery', MATCHER)
+def backend(tmp_path):
+    return demo.DemoBackend(tmp_path/'root'/'gallery', MATCHER)
 
 @pytest.fixture
-def known(desk, films):
+def known(backend, films):
     "Red and Blue are enrolled."
-    for name in ('Red', 'Blue'): assert kind(desk.enroll(films[name.lower()], 0, 59, name, True)) == 'good'
-    return desk
+    for name in ('Red', 'Blue'): assert kind(backend.enroll_clip(films[name.lower()], 0, 59, name, True)) == 'good'
+    return backend
 
 # --- the faults of the demo that the course is based on
 
 def test_hits_are_counted_for_each_person(known, films):
-    got = known.identify(films['green'], 0, 59, 'gallery', 'query', '0.01')
+    got = known.identify_clip(films['green'], 0, 59, 'gallery', 'query', '0.01')
     assert kind(got) == 'bad' and 'unknown' in got.html
     known.erase('Blue', True)
-    got = known.identify(films['both'], 0, 59, 'gallery', 'query', '0.01')
+    got = known.identify_clip(films['both'], 0, 59, 'gallery', 'query', '0.01')
     assert '1 of 2 people identified: Red' in got.html and 'unknown' in got.html and images(got) == 2
 
 def test_verification_compares_with_the_claimed_identity(known, films):
-    assert kind(known.verify(films['again'], 0, 59, 'Red', '0.01')) == 'good'
-    got = known.verify(films['again'], 0, 59, 'Blue', '0.01')
+    assert kind(known.verify_clip(films['again'], 0, 59, 'Red', '0.01')) == 'good'
+    got = known.verify_clip(films['again'], 0, 59, 'Blue', '0.01')
     assert kind(got) == 'bad' and 'Red' not in got.html
 
 def test_a_failed_run_shows_nothing_old(known, films, tmp_path):
     (tmp_path/'root'/'notes.mp4').write_text('not a video')
     wrong = [(None, 0, 59, 'Red'), (films['red'], 50, 10, 'Red'), (tmp_path/'root'/'notes.mp4', 0, 59, 'Red'),
              (films['red'], 0, 59, None), (films['nobody'], 0, 59, 'Red')]
-    got = [known.verify(*args, '0.01') for args in wrong] + [known.enroll(*args, True) for args in wrong]
-    for got in *got, known.identify(films['red'], 0, 59, '', 'query', '0.01'), known.erase('Red', False):
+    got = [known.verify_clip(*args, '0.01') for args in wrong] + [known.enroll_clip(*args, True) for args in wrong]
+    for got in *got, known.identify_clip(films['red'], 0, 59, '', 'query', '0.01'), known.erase('Red', False):
         assert kind(got) == 'error' and images(got) == 0 and not got.film and str(tmp_path) not in got.html, got
 
-def test_a_person_among_several_is_asked_for(desk, films):
-    got = desk.enroll(films['both'], 0, 59, 'Red', True)
-    assert kind(got) == 'ask' and images(got) == 2 and desk.names() == [] and got.people == (1, 2)
-    assert len(clock(got.film)) == 60     # a film with the numbers
+def test_a_person_among_several_is_asked_for(backend, films):
+    got = backend.enroll_clip(films['both'], 0, 59, 'Red', True)
+    assert kind(got) == 'ask' and images(got) == 2 and backend.names() == [] and got.people == (1, 2)
+    assert len(frame_times(got.film)) == 60     # a film with the numbers
     tracks = ppl.find_tracks(films['both'])
     number = next(t.number for t in tracks if colours([s.crop for s in t.shots]).mean(0).argmax() == 0)
-    assert kind(desk.enroll(films['both'], 0, 59, 'Red', True, number)) == 'good'
-    assert (gal.Gallery(desk.gallery).samples('Red')[1].argmax(1) == 0).all()
-    assert kind(desk.enroll(films['both'], 0, 59, 'Red', True, 7)) == 'error'
+    assert kind(backend.enroll_clip(films['both'], 0, 59, 'Red', True, number)) == 'good'
+    assert (gal.Gallery(backend.gallery).samples('Red')[1].argmax(1) == 0).all()
+    assert kind(backend.enroll_clip(films['both'], 0, 59, 'Red', True, 7)) == 'error'
 
 def test_enrolling_again_adds(known, films):
     before = crops(known.gallery)
-    assert 'templates in all: 2' in known.enroll(films['again'], 0, 59, 'Red', True).html
+    assert 'templates in all: 2' in known.enroll_clip(films['again'], 0, 59, 'Red', True).html
     assert set(before) < set(crops(known.gallery))
 
 def test_the_list_is_read_afresh(known, films):
     bio.enroll('Late', films['green'], known.gallery, MATCHER)
-    assert known.names() == ['Blue', 'Late', 'Red'] and images(known.samples('Late')) > 0
+    assert known.names() == ['Blue', 'Late', 'Red'] and images(known.show_samples('Late')) > 0
     gal.Gallery(known.gallery).erase('Late')
-    assert known.names() == ['Blue', 'Red'] and known.samples('Late') == ''
+    assert known.names() == ['Blue', 'Red'] and known.show_samples('Late') == ''
 
-def test_few_crops_are_shown(desk, films):
-    got = desk.enroll(films['red'], 10, 16, 'Red', True)
+def test_few_crops_are_shown(backend, films):
+    got = backend.enroll_clip(films['red'], 10, 16, 'Red', True)
     assert kind(got) == 'good' and 5 <= images(got) < 9
-    assert images(desk.samples('Red')) == images(got)
-    desk.enroll(films['again'], 0, 59, 'Red', True)
-    assert images(desk.samples('Red')) <= 9
+    assert images(backend.show_samples('Red')) == images(got)
+    backend.enroll_clip(films['again'], 0, 59, 'Red', True)
+    assert images(backend.show_samples('Red')) <= 9
 
 def test_the_network_is_loaded_once(ckpt, films, tmp_path, monkeypatch):
     from reid_nb import finetune
     loads, load = [], finetune.load_model
     monkeypatch.setattr(finetune, 'load_model', lambda path: loads.append(path) or load(path))
-    desk = demo.Desk(tmp_path/'gallery', ckpt)
-    for _ in range(2): desk.enroll(films['red'], 0, 59, 'Red', True)
-    desk.verify(films['red'], 0, 59, 'Red', '0.01')
+    backend = demo.DemoBackend(tmp_path/'gallery', ckpt)
+    for _ in range(2): backend.enroll_clip(films['red'], 0, 59, 'Red', True)
+    backend.verify_clip(films['red'], 0, 59, 'Red', '0.01')
     assert len(loads) == 1
 
 # --- consent, erasing, paths
 
-def test_nobody_is_enrolled_without_consent(desk, films):
-    assert 'consent' in desk.enroll(films['red'], 0, 59, 'Red', False).html and desk.names() == []
-    desk.enroll(films['red'], 0, 59, 'Red', True)
-    assert gal.Gallery(desk.gallery).store.read('SELECT consent FROM templates') == [(demo.CONSENT,)]
+def test_nobody_is_enrolled_without_consent(backend, films):
+    assert 'consent' in backend.enroll_clip(films['red'], 0, 59, 'Red', False).html and backend.names() == []
+    backend.enroll_clip(films['red'], 0, 59, 'Red', True)
+    assert gal.Gallery(backend.gallery).store.read('SELECT consent FROM templates') == [(demo.CONSENT,)]
 
 def test_deleting_gives_a_receipt_and_takes_the_query_too(known, films, tmp_path):
-    known.identify(films['red'], 0, 59, 'gallery', 'query', '0.01')
+    known.identify_clip(films['red'], 0, 59, 'gallery', 'query', '0.01')
     assert crops(tmp_path/'root'/'query')
     got = known.erase('Red', True)
     assert 'Receipt: Red is forgotten' in got.html and known.names() == ['Blue'] and not crops(tmp_path/'root'/'query')
-    assert not any('Red' in f for f in files(tmp_path/'root')) and all('Red' not in str(row) for row in known.history())
+    assert not any('Red' in f for f in files(tmp_path/'root'))
+    assert all('Red' not in str(row) for row in known.log_rows())
 
 def test_query_crops_are_those_of_the_last_query_only(known, films, tmp_path):
     query = tmp_path/'root'/'query'
-    known.identify(films['both'], 0, 59, 'gallery', 'query', '0.01')
+    known.identify_clip(films['both'], 0, 59, 'gallery', 'query', '0.01')
     assert {Path(f).parent.name for f in crops(query)} == {'person_1', 'person_2'}
-    known.identify(films['red'], 0, 59, 'gallery', 'query', '0.01')
+    known.identify_clip(films['red'], 0, 59, 'gallery', 'query', '0.01')
     assert {Path(f).parent.name for f in crops(query)} == {'person_1'}
     (query/'thesis.txt').write_text('mine')
     before = files(query)
-    assert kind(known.identify(films['red'], 0, 59, 'gallery', 'query', '0.01')) == 'error' and files(query) == before
+    assert kind(known.identify_clip(films['red'], 0, 59, 'gallery', 'query', '0.01')) == 'error'
+    assert files(query) == before
 
 OUTSIDE = ['', '.', '..', '/etc', '/', '../other', 'a/../..', 'gallery', 'gallery/Red', 'a\0b', '~'*300, 'link/x']
 
@@ -127,8 +129,8 @@ def test_paths_stay_below_the_root(known, films, tmp_path, path):
     (tmp_path/'other').mkdir()
     (tmp_path/'root'/'link').symlink_to(tmp_path/'other')
     before = files(tmp_path)
-    assert kind(known.identify(films['red'], 0, 59, 'gallery', path, '0.01')) == 'error'
-    if path != 'gallery': assert kind(known.identify(films['red'], 0, 59, path, 'query', '0.01')) == 'error'
+    assert kind(known.identify_clip(films['red'], 0, 59, 'gallery', path, '0.01')) == 'error'
+    if path != 'gallery': assert kind(known.identify_clip(films['red'], 0, 59, path, 'query', '0.01')) == 'error'
     assert files(tmp_path) == before
 
 @given(st.text())
@@ -142,21 +144,22 @@ def test_no_text_leads_out_of_the_root(path):
 @given(st.text())
 @settings(max_examples=200, deadline=None)
 def test_nothing_gets_into_the_page_unescaped(text):
-    plain = demo.answer('bad', 'x', ['x'])
-    assert re.findall('<[^>]*', demo.answer('bad', text, [text])) == re.findall('<[^>]*', plain)
+    plain = demo.answer_box('bad', 'x', ['x'])
+    assert re.findall('<[^>]*', demo.answer_box('bad', text, [text])) == re.findall('<[^>]*', plain)
 
 def test_another_models_gallery_is_refused(known, tmp_path):
-    with pytest.raises(BadInput, match='another model'): demo.Desk(known.gallery, ppl.Matcher(colours, 'b'*64, POINTS))
+    other = ppl.Matcher(colours, 'b'*64, POINTS)
+    with pytest.raises(BadInput, match='another model'): demo.DemoBackend(known.gallery, other)
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'thesis.txt').write_text('mine')
-    with pytest.raises(BadInput, match='no gallery'): demo.Desk(tmp_path/'mine', MATCHER)
+    with pytest.raises(BadInput, match='no gallery'): demo.DemoBackend(tmp_path/'mine', MATCHER)
 
 # --- the running app
 
 @pytest.fixture
 def client(tmp_path):
     app = demo.build_demo(tmp_path/'root'/'gallery', MATCHER)
-    _, url, public = demo.serve(app, prevent_thread_lock=True, quiet=True, inline=False)
+    _, url, public = demo.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
     assert url.startswith('http://127.0.0.1:') and not public
     yield Client(url, verbose=False)
     app.close()

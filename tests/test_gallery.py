@@ -13,7 +13,7 @@ from test_biometrics import BLUE, GREEN, MATCHER, POINTS, RED, colours, consiste
 from reid_nb import gallery as gal
 from reid_nb.dataset import BadInput, sha256
 from reid_nb.people import Matcher
-from reid_nb.search import Exact, Faiss, Qdrant, distinct
+from reid_nb.search import ExactIndex, FaissIndex, QdrantIndex, best_people
 from reid_nb.small_model import SMALL
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_every_search_ranks_people_as_a_loop_would(n, templates, k, seed):
     row = {i: r for r, i in enumerate(ids.tolist())}
     read = lambda wanted: f[[row[i] for i in wanted.tolist()]]
     best = sorted(((float((f[people == p] @ probe).max()), p) for p in set(people.tolist())), reverse=True)[:k]
-    for index, error in (Exact(ids, people, read), 1e-5), (Faiss(ids, people, read), .05):
+    for index, error in (ExactIndex(ids, people, read), 1e-5), (FaissIndex(ids, people, read), .05):
         got = index.nearest(probe, k)
         assert len(got) == len(best) == len({p for p, _ in got})
         assert np.allclose([s for _, s in got], [s for s, _ in best], atol=error)
@@ -167,7 +167,7 @@ def test_every_search_ranks_people_as_a_loop_would(n, templates, k, seed):
 def test_asking_for_more_ends():
     asked = []
     def search(n): return asked.append(n) or [(0, .9)]*n
-    assert distinct(search, 5, 300) == [(0, .9)] and asked == [20, 80, 300]
+    assert best_people(search, 5, 300) == [(0, .9)] and asked == [20, 80, 300]
 
 def test_the_index_is_kept_until_anybody_changes_the_gallery(here):
     assert closest(here) == 'Ada'
@@ -231,8 +231,8 @@ def test_a_silent_server_is_named_and_erasing_goes_on(here, server):
 def test_a_server_sends_pages(server):
     n = 2500
     f = np.float32(np.random.default_rng(0).normal(size=(n, 4)))
-    index = Qdrant(np.arange(1, n + 1), np.arange(n), lambda ids: f[ids - 1], server)
-    assert sorted(index.have()) == list(range(1, n + 1))
+    index = QdrantIndex(np.arange(1, n + 1), np.arange(n), lambda ids: f[ids - 1], server)
+    assert sorted(index.stored_ids()) == list(range(1, n + 1))
     assert index.nearest(f[7], 3)[0][0] == (f @ f[7]).argmax()
 
 # --- the commands

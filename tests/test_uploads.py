@@ -14,23 +14,23 @@ from test_demo import images, kind
 from reid_nb import biometrics as bio
 from reid_nb import demo
 from reid_nb.dataset import BadInput
-from reid_nb.people import clock, find_tracks
+from reid_nb.people import find_tracks, frame_times
 from reid_nb.video import read_frames
 
 @pytest.fixture(scope='module')
 def clip(tmp_path_factory): return film(tmp_path_factory.mktemp('clip')/'red.mp4', (RED, 3, 6, 60), n=40)
 
 @pytest.fixture
-def desk(tmp_path): return demo.Desk(tmp_path/'root'/'gallery', MATCHER)
+def backend(tmp_path): return demo.DemoBackend(tmp_path/'root'/'gallery', MATCHER)
 
-def refused(desk, path, word):
+def refused(backend, path, word):
     "A complaint with this word from every door, and nothing is stored"
-    for got in (desk.enroll(path, 0, 59, 'Red', True), desk.identify(path, 0, 59, 'gallery', 'query', '0.01'),
-                desk.verify(path, 0, 59, 'Red', '0.01')):
+    for got in (backend.enroll_clip(path, 0, 59, 'Red', True), backend.verify_clip(path, 0, 59, 'Red', '0.01'),
+                backend.identify_clip(path, 0, 59, 'gallery', 'query', '0.01')):
         assert kind(got) == 'error' and word in got.html and not got.film and str(path.parent) not in got.html, got
-    updates = demo.frame_range(str(path))
+    updates = demo.slider_updates(str(path))
     assert kind(updates[2]) == 'error' and word in updates[2]
-    assert not desk.root.exists()
+    assert not backend.root.exists()
 
 def no_frames(path):
     "A film with a video stream and not one frame"
@@ -55,50 +55,50 @@ NO_VIDEOS = {
     'sound.mp4': (sound, 'video stream')}
 
 @pytest.mark.parametrize('name', NO_VIDEOS)
-def test_what_is_no_video(desk, tmp_path, name):
+def test_what_is_no_video(backend, tmp_path, name):
     make, word = NO_VIDEOS[name]
     make(tmp_path/name)
-    refused(desk, tmp_path/name, word)
+    refused(backend, tmp_path/name, word)
 
-def test_a_playlist_shows_nobody_elses_film(desk, tmp_path, clip):
+def test_a_playlist_shows_nobody_elses_film(backend, tmp_path, clip):
     text = f'#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{film(tmp_path/"secret.ts", (RED, 3, 6, 60), n=40)}\n'
     (tmp_path/'list.mp4').write_text(text + '#EXT-X-ENDLIST\n')
-    refused(desk, tmp_path/'list.mp4', 'not a video')
+    refused(backend, tmp_path/'list.mp4', 'not a video')
 
-def test_cut_off(desk, tmp_path, clip):
+def test_cut_off(backend, tmp_path, clip):
     (tmp_path/'half.mp4').write_bytes(clip.read_bytes()[:3000])
-    refused(desk, tmp_path/'half.mp4', 'half.mp4')
+    refused(backend, tmp_path/'half.mp4', 'half.mp4')
 
-def test_ten_hours(desk, tmp_path, clip):
+def test_ten_hours(backend, tmp_path, clip):
     endless = film(tmp_path/'endless.mp4', (RED, 3, 6, 60), n=40, times=np.arange(40)*900)
-    assert clock(endless)[-1] == 39*900
-    refused(desk, endless, 'it runs for 585 minutes')
+    assert frame_times(endless)[-1] == 39*900
+    refused(backend, endless, 'it runs for 585 minutes')
     raw, claim = bytearray(clip.read_bytes()), struct.pack('>I', 36_000_000)    # the header lies, the packets do not
     at = raw.find(b'mvhd') + 4
     assert raw[at] == 0
     raw[at + 16:at + 20] = claim
     (tmp_path/'liar.mp4').write_bytes(raw)
-    assert kind(desk.enroll(tmp_path/'liar.mp4', 0, 59, 'Red', True)) == 'good'
+    assert kind(backend.enroll_clip(tmp_path/'liar.mp4', 0, 59, 'Red', True)) == 'good'
 
-def test_too_large(desk, tmp_path, clip, monkeypatch):
+def test_too_large(backend, tmp_path, clip, monkeypatch):
     monkeypatch.setattr(demo, 'MAX_PIXELS', 90_000)
-    refused(desk, clip, '400x240 pixels')
+    refused(backend, clip, '400x240 pixels')
     monkeypatch.undo()
     monkeypatch.setattr(demo, 'MAX_MB', .001)
-    refused(desk, clip, 'more than')
+    refused(backend, clip, 'more than')
     monkeypatch.undo()
     monkeypatch.setattr(demo, 'MAX_FRAMES', 10)
-    assert 'at most 10' in desk.enroll(clip, 0, 30, 'Red', True).html
-    assert kind(desk.enroll(clip, 20, 29, 'Red', True)) == 'good'
+    assert 'at most 10' in backend.enroll_clip(clip, 0, 30, 'Red', True).html
+    assert kind(backend.enroll_clip(clip, 20, 29, 'Red', True)) == 'good'
 
-def test_uneven_times(desk, tmp_path):
+def test_uneven_times(backend, tmp_path):
     "Variable frame rate: times are those of the packets, in the answer and in the film"
     times = np.cumsum(np.where(np.arange(40) < 20, .08, .4))
     uneven = film(tmp_path/'uneven.mp4', (RED, 3, 6, 60), n=40, times=times)
     bio.enroll('Red', uneven, tmp_path/'g', MATCHER)
     (a, b, s, t), = bio.identify(uneven, tmp_path/'g', MATCHER, film=tmp_path/'film.mp4').decisions[0].seen
     assert b == 39 and abs(s - (times[a] - times[0])) < .02 and abs(t - (times[39] - times[0])) < .02
-    assert np.abs(clock(tmp_path/'film.mp4') - (times - times[0])).max() < .01
+    assert np.abs(frame_times(tmp_path/'film.mp4') - (times - times[0])).max() < .01
 
 def test_times_that_make_no_sense(tmp_path, clip):
     "A file that shows all its frames at once: frames by number, at a rate that somebody may have meant"
@@ -108,10 +108,10 @@ def test_times_that_make_no_sense(tmp_path, clip):
             if p.size:
                 p.stream = s
                 out.mux(p)
-    times = clock(tmp_path/'all_at_once.h264')
+    times = frame_times(tmp_path/'all_at_once.h264')
     assert len(times) == 40 and (np.diff(times) > .004).all() and times[-1] < 40
 
-def test_held_upright(desk, tmp_path, clip):
+def test_held_upright(backend, tmp_path, clip):
     "A phone notes that it was turned: people are found upright, and the film is upright"
     raw = bytearray(film(tmp_path/'lying.mp4', (RED, 3, 6, 60), n=40, turned=True).read_bytes())
     at = raw.find(b'tkhd') + 44
@@ -127,25 +127,25 @@ ODD = {'yuv444p': ('libx264', 'mp4'), 'yuv420p10le': ('libx264', 'mp4'), 'gray':
        'yuvj422p': ('mjpeg', 'avi'), 'bgra': ('ffv1', 'mkv'), 'rgb24': ('png', 'mov')}
 
 @pytest.mark.parametrize('pix', ODD)
-def test_odd_pixels(desk, tmp_path, pix):
+def test_odd_pixels(backend, tmp_path, pix):
     codec, suffix = ODD[pix]
     odd = film(tmp_path/f'odd.{suffix}', (RED, 3, 6, 60), n=40, pix=pix, codec=codec)
-    assert kind(desk.enroll(odd, 0, 59, 'Red', True)) == 'good'
-    got = desk.verify(odd, 0, 59, 'Red', '0.01')
+    assert kind(backend.enroll_clip(odd, 0, 59, 'Red', True)) == 'good'
+    got = backend.verify_clip(odd, 0, 59, 'Red', '0.01')
     assert images(got) == 1 and got.film.is_file()
     with av.open(str(got.film)) as f:       # whatever came in, browsers can play what goes out
         assert (f.streams.video[0].codec_context.name, f.streams.video[0].pix_fmt) == ('h264', 'yuv420p')
 
 @pytest.mark.parametrize('name', HOSTILE, ids=lambda n: ascii(n)[:20])
-def test_hostile_names_at_the_desk(desk, clip, name):
-    got = desk.enroll(clip, 0, 59, name, True)
-    assert kind(got) == 'error' and 'cannot be a name' in got.html and not desk.root.exists()
+def test_hostile_names_in_the_demo(backend, clip, name):
+    got = backend.enroll_clip(clip, 0, 59, name, True)
+    assert kind(got) == 'error' and 'cannot be a name' in got.html and not backend.root.exists()
 
-def test_the_desk_speaks_all_languages(desk, clip):
+def test_the_demo_speaks_all_languages(backend, clip):
     for name in WORLD[:4]:
-        assert kind(desk.enroll(clip, 0, 59, name, True)) == 'good'
-        assert kind(desk.verify(clip, 0, 59, name, '0.01')) == 'good'
-    assert len(consistent(desk.gallery)) == 4
+        assert kind(backend.enroll_clip(clip, 0, 59, name, True)) == 'good'
+        assert kind(backend.verify_clip(clip, 0, 59, name, '0.01')) == 'good'
+    assert len(consistent(backend.gallery)) == 4
 
 @given(st.text(min_size=1, max_size=30), st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
@@ -157,46 +157,46 @@ def test_any_label_can_be_drawn(text, number):
 @settings(max_examples=100, deadline=None)
 def test_any_box_can_be_painted(box, h, w):
     frame, label = np.zeros((120, 160, 3), np.uint8), np.full((h, w, 3), 255, np.uint8)
-    bio.paint(frame, box, label, (9, 9, 9))
+    bio.draw_box(frame, box, label, (9, 9, 9))
     assert (frame == 255).any()
 
 # --- waiting in line
 
-def test_visitors_are_served_in_the_order_of_their_coming(desk):
+def test_visitors_are_served_in_the_order_of_their_coming(backend):
     served, gate = [], threading.Event()
     def visit(k):
-        with desk.turn(lambda share, what: None):
+        with backend.queue.turn(lambda share, what: None):
             gate.wait(30)
             served.append(k)
-    threads = [threading.Thread(target=visit, args=[k]) for k in range(demo.SEATS)]
+    threads = [threading.Thread(target=visit, args=[k]) for k in range(demo.MAX_VISITORS)]
     for k, t in enumerate(threads):
         t.start()
-        while len(desk.line) <= k: time.sleep(.01)
-    with pytest.raises(demo.Busy), desk.turn(demo.no_news): served.append('too many')
-    assert kind(desk.erase('Red', True)) == 'busy'
+        while len(backend.queue.waiting) <= k: time.sleep(.01)
+    with pytest.raises(demo.Busy), backend.queue.turn(demo.no_progress): served.append('too many')
+    assert kind(backend.erase('Red', True)) == 'busy'
     gate.set()
     for t in threads: t.join()
-    assert served == list(range(demo.SEATS)) and desk.line == []
+    assert served == list(range(demo.MAX_VISITORS)) and backend.queue.waiting == []
 
-def test_who_waits_can_leave(desk):
-    def leave(share, what): raise demo.Stopped
-    desk.line.append('somebody')
-    assert kind(desk.rename('Red', 'Blue', tell=leave)) == 'stop' and desk.line == ['somebody']
+def test_who_waits_can_leave(backend):
+    def leave(share, what): raise demo.Cancelled
+    backend.queue.waiting.append('somebody')
+    assert kind(backend.rename('Red', 'Blue', progress=leave)) == 'stop' and backend.queue.waiting == ['somebody']
 
-def test_films_do_not_pile_up(desk, clip):
-    desk.enroll(clip, 0, 59, 'Red', True)
-    made = [desk.verify(clip, 5, 25, 'Red', '0.01').film for _ in range(demo.SEATS + 4)]
+def test_films_do_not_pile_up(backend, clip):
+    backend.enroll_clip(clip, 0, 59, 'Red', True)
+    made = [backend.verify_clip(clip, 5, 25, 'Red', '0.01').film for _ in range(demo.MAX_VISITORS + 4)]
     there = set(p for p in made if p.is_file())
-    assert made[-1] in there and len(there) <= demo.SEATS + 1
-    desk.erase('Red', True)
+    assert made[-1] in there and len(there) <= demo.MAX_VISITORS + 1
+    backend.erase('Red', True)
     assert not any(p.is_file() for p in made)
 
-# --- who may come in
+# --- logins
 
 def test_others_need_a_login(tmp_path):
     app = demo.build_demo(tmp_path/'gallery', MATCHER)
     for kw in dict(host='0.0.0.0'), dict(share=True), dict(host='example.org'):
-        with pytest.raises(BadInput, match='--login'): demo.serve(app, **kw)
+        with pytest.raises(BadInput, match='--login'): demo.serve_demo(app, **kw)
 
 @pytest.mark.parametrize('text', ['', 'ada', 'ada:', ':secret', 'ada:x\nbob', None])
 def test_login_files_that_make_no_sense(tmp_path, text):

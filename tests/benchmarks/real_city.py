@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from reid_nb.benchmarks import PROTOCOLS, Benchmark, read_benchmark, read_rgb
-from reid_nb.biometrics import explain, identify, look_at
+from reid_nb.biometrics import explain, find_usable_tracks, identify
 from reid_nb.dataset import sha256
 from reid_nb.evaluate import operating_points
 from reid_nb.gallery import Gallery
@@ -75,7 +75,7 @@ def main():
     clips = {v: next((a.data/'real_city').rglob(f'*{v}.mp4')) for v in ('v01', 'v05')}
     with tempfile.TemporaryDirectory() as tmp:
         here = Gallery(Path(tmp)/'gallery', matcher, create=True)
-        tracks, _ = look_at(clips['v01'], a.weights, 0, 101)
+        tracks, _ = find_usable_tracks(clips['v01'], a.weights, 0, 101)
         for name, point in ENROLLED.items():
             track = at(tracks, *point)
             if track: here.add(name, make_template(track, matcher))
@@ -90,7 +90,7 @@ def main():
             else:
                 count['first'] += d.ranking[0][0] == name
                 count['match'] += d.answer == 'match' and d.name == name
-                count['look'] += d.answer == 'look yourself' and d.name == name
+                count['look'] += d.answer == 'inconclusive' and d.name == name
                 count['wrong'] += d.answer == 'match' and d.name != name
             print(f'{name}: ' + (f'person {d.track}: {d.answer} {d.name or ""}; ranked ' +
                                  ', '.join(f'{n} {s:.3f}' for n, s in d.ranking[:3]) if d else 'no usable track'))
