@@ -81,6 +81,7 @@ FAULTS = [
     ('finetune', 'def frozen(self, step): return step<self.recipe.freeze*self.total',
      'def frozen(self, step): return False',
      'tests/test_finetune.py -k heads'),
+    ('finetune', 'self.train_mode(self.frozen(self.session.step))', 'pass', 'tests/test_finetune.py -k heads'),
     ('finetune', 'model.embed(x) + (model.embed(x.flip(3)) if flip else 0)', 'model.embed(x)',
      'tests/test_finetune.py -k load_and_embed'),
     ('finetune', "mean,std = origin.get('mean', mean),origin.get('std', std)", 'pass',
@@ -88,6 +89,9 @@ FAULTS = [
     # Sessions
     ('sessions', "set_random_state(state['random'])", 'pass', 'tests/test_sessions.py'),
     ('sessions', 'if self.newest.exists(): os.replace(self.newest, self.before)', 'pass', 'tests/test_sessions.py'),
+    ('sessions', 'if damaged: raise', 'if False: raise', 'tests/test_sessions.py'),
+    ('sessions', "if isinstance(part, torch.optim.Optimizer): was['param_groups']",
+     "if isinstance(part, torch.optim.Optimizer): continue; was['param_groups']", 'tests/test_finetune.py -k stop'),
     ('sessions', 'able = was==', 'able = False and was==', 'tests/test_sessions.py'),
     ('transfer', 'if table.missing: why', 'if False: why', 'tests/test_finetune.py -k "refused or donor"'),
     ('transfer', "try: state = torch.load(path, map_location='cpu', weights_only=True)",
