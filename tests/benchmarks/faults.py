@@ -47,7 +47,7 @@ FAULTS = [
     ('views', 'return (-mean/std).to(device),(1/(255*std)).to(device)',
      'return (-mean).to(device),(1/(255*std)).to(device)',
      WIRING + ' -k deviation'),
-    ('views', "order,was = rng_of('order', seed, epoch)", "order,was = rng_of('order', seed, 0)",
+    ('views', "order,shuffled = rng_of('order', seed, epoch)", "order,shuffled = rng_of('order', seed, 0)",
      WIRING + ' -k epochs'),
     ('views', 'others = others[others!=i]', 'others = others[others==i]', WIRING + ' -k positive'),
     ('views', 'if view.flip: out = cv2.flip(out, 1)', 'if view.flip: out = cv2.flip(out, 0)', 'tests/test_views.py'),
