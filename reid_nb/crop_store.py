@@ -6,10 +6,10 @@
 __all__ = ['MAX_KEY', 'KEY_PATTERNS', 'Item', 'PICTURE_ENDINGS', 'STORE_SCHEMA', 'META', 'ROW', 'MAP_SIZE', 'Shard', 'OLD_ROW',
            'parse_key', 'Source', 'list_crops', 'read_places', 'folder_source', 'decode', 'measure_item',
            'chain_digest', 'PackState', 'open_lmdb', 'put_picture', 'add_batch', 'open_reader', 'close_readers',
-           'begin_reading', 'parse_notes', 'read_shard', 'find_shards', 'mean_std', 'CropStore', 'map_in_threads',
-           'write_records', 'find_begun', 'pack', 'decode_batch', 'CropDataset', 'group', 'video_source', 'find_lmdb',
-           'read_keys', 'old_source', 'lmdb_source', 'shard_source', 'check_pages', 'verify_store', 'count_store',
-           'sample_sheet', 'export_crops', 'reid_pack']
+           'keep_inherited', 'begin_reading', 'parse_notes', 'read_shard', 'find_shards', 'mean_std', 'CropStore',
+           'map_in_threads', 'write_records', 'find_begun', 'pack', 'decode_batch', 'CropDataset', 'group',
+           'video_source', 'find_lmdb', 'read_keys', 'old_source', 'lmdb_source', 'shard_source', 'check_pages',
+           'verify_store', 'count_store', 'sample_sheet', 'export_crops', 'reid_pack']
 
 # %% ../nbs/02_lmdb.ipynb #a55d06cd
 import hashlib, json, os, re, shutil, threading, warnings, weakref, zlib
@@ -55,10 +55,10 @@ def parse_key(
     return city, said.get('video', video), int(said.get('pid', -1)), int(said.get('frame', -1))
 
 # %% ../nbs/02_lmdb.ipynb #78a8fd85
-Item = namedtuple('Item', 'key data pid box seen why', defaults=(None, None, (-1,)*4, None, ''))
+Item = namedtuple('Item', 'key data pid box measures why', defaults=(None, None, (-1,)*4, None, ''))
 Item.__doc__ = """A crop on its way into a store: `key` bytes; `data` its bytes, or a function that
-gives them; `pid`, and `box` x1,y1,x2,y2 in its frame, where they are known; what `measure_item` has
-`seen`; `why` it is left out, or ''"""
+gives them; `pid`, and `box` x1,y1,x2,y2 in its frame, where they are known; `measures`, what
+`measure_item` found; `why` it is left out, or ''"""
 
 @dataclass
 class Source:
@@ -129,16 +129,16 @@ def decode(
 
 def measure_item(
     item:Item, # With `data`, or left out already
-)->Item: # `data` JPEG bytes; `seen` height, width, mean[3], std[3] of RGB from 0 to 1; or `why` not
+)->Item: # `data` JPEG bytes; `measures` height, width, mean[3], std[3] of RGB from 0 to 1; or `why` not
     "Decode an item's picture and measure it."
     if item.why: return item
     data = item.data if isinstance(item.data, bytes) else item.data()
-    if item.seen: return item._replace(data=data)
+    if item.measures: return item._replace(data=data)
     rgb = decode(data)
     if rgb is None: return item._replace(data=None, why='broken')
     mean, std = (x.ravel()/255 for x in cv2.meanStdDev(rgb))
     jpeg = data if data[:2] == b'\xff\xd8' else encode_jpeg(rgb)
-    return item._replace(data=jpeg, seen=(*rgb.shape[:2], mean, std))
+    return item._replace(data=jpeg, measures=(*rgb.shape[:2], mean, std))
 
 # %% ../nbs/02_lmdb.ipynb #51dc8d91
 STORE_SCHEMA = 3  # of the form in which a store is written
@@ -207,13 +207,13 @@ def add_batch(
 )->None:
     "Write some pictures and what is known of them."
     keys, rows, skipped, known = [], [], [], len(state.folders)
-    for key, jpeg, pid, box, seen, why in items:
+    for key, jpeg, pid, box, measures, why in items:
         if not why and not put_picture(txn, key, jpeg): why = 'another one has this name'
         if why: skipped.append(f'{key.decode(errors="replace")}: {why}')
         else:
             city, video, named, frame = parse_key(os.fsdecode(key))
             folder = state.folders.setdefault(f'{city}/{video}', len(state.folders))
-            rows.append((len(jpeg), zlib.crc32(jpeg), folder, named if pid is None else pid, frame, box, *seen))
+            rows.append((len(jpeg), zlib.crc32(jpeg), folder, named if pid is None else pid, frame, box, *measures))
             keys.append(key)
             state.digest = chain_digest(state.digest, key, jpeg)
     if not state.batches: txn.put(b'begun', json.dumps(state.begun).encode(), db=table)
@@ -252,7 +252,15 @@ def close_readers(
             env.close()
             _opened.pop(at, None)
 
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=close_readers)
+_inherited = []
+
+def keep_inherited():
+    "Keep, in a child that was just forked, what its parent has open; to close it would wait for the parent's threads."
+    global _opening
+    _opening = threading.Lock()   # another thread of the parent may hold the old one
+    _inherited.extend(_opened.values())
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=keep_inherited)
 
 # %% ../nbs/02_lmdb.ipynb #af15d441
 def begin_reading(
@@ -360,7 +368,7 @@ class CropStore:
         return jpeg
 
     def _read_again(self, i):
-        "Read after a fork, or after this process has packed into the file; raises `BadInput` for damage."
+        "Read after this process has packed into the file; raises `BadInput` for damage."
         try:
             self._begin()
             return self._gets[self._file[i]](self.keys[i])
@@ -616,8 +624,8 @@ def old_source(
                 value, at = txn.get(number, db=images), 0
                 names = zlib.decompress(txn.get(number, db=keys)).split(b'\0')
                 for key, row in zip(names, np.frombuffer(txn.get(number, db=rows), OLD_ROW)):
-                    size, _, pid, _, box, *seen = row.item()
-                    yield Item(key, value[at:at+size], pid, box, seen)
+                    size, _, pid, _, box, *measures = row.item()
+                    yield Item(key, value[at:at+size], pid, box, measures)
                     at += size
     return Source(last['digest'], last['count'], lambda start: islice(pictures(), start, None))
 
@@ -650,8 +658,8 @@ def shard_source(
     if not store.finished: raise BadInput(f'{path}: not finished: pack it to the end')
     def items(start):
         for i in range(start, len(store)):
-            _, _, _, pid, _, box, *seen = store.rows[i].item()
-            yield Item(store.keys[i].item(), store[i], pid, box, seen)
+            _, _, _, pid, _, box, *measures = store.rows[i].item()
+            yield Item(store.keys[i].item(), store[i], pid, box, measures)
     return Source(store.digest, len(store), items)
 
 # %% ../nbs/02_lmdb.ipynb #dad8aca5
@@ -757,8 +765,9 @@ def reid_pack(
     if sample and Path(sample).suffix.lower() not in PICTURE_ENDINGS:
         raise BadInput(f'{sample}: a contact sheet ends in {", ".join(sorted(PICTURE_ENDINGS))}')
     look_only = (verify or stats or sample or export) and not Path(crops).exists()
-    if verify and Path(store).is_file(): check_pages(store)
-    if look_only: packed = CropStore(store)
+    if look_only:
+        if verify and Path(store).is_file(): check_pages(store)
+        packed = CropStore(store)
     else:
         source = (video_source(crops, dets) if dets else lmdb_source(crops) if from_lmdb else
                   shard_source(crops) if merge else folder_source(crops))

@@ -555,7 +555,7 @@ def write_form_2(path, items, shelf=7, finished=True):
         rows, number, some = [], b'%08d' % (k//shelf), items[k:k+shelf]
         for item in map(cs.measure_item, some):
             *_, pid, frame = parse_key(item.key.decode())
-            rows.append((len(item.data), 0, pid, frame, item.box, *item.seen))
+            rows.append((len(item.data), 0, pid, frame, item.box, *item.measures))
             digest = chain_digest(digest, item.key, item.data)
         tables['images'][number] = b''.join(item.data for item in some).ljust(4096, b'\0') + bytes(16)
         tables['rows'][number] = np.array(rows, cs.OLD_ROW).tobytes()
@@ -646,17 +646,25 @@ def test_a_key_too_long(crops, tmp_path, run):
     assert done.returncode == 2 and 'LMDB takes 511' in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path/'s.lmdb').exists()
 
-def test_a_forked_child_has_the_file_for_itself(store):
-    "It opens it anew, and the parent reads on."
-    ctx = multiprocessing.get_context('fork')
-    def child(results): results.put((len(cs._opened), store[3], len(cs._opened)))
-    before, results = store[2], ctx.Queue()
-    for _ in range(5):
-        process = ctx.Process(target=child, args=(results,))
-        process.start()
-        assert results.get(timeout=600) == (0, store[3], 1)
-        process.join()
-        assert process.exitcode == 0 and store[2] == before
+def test_forks_beside_threads_that_read(store):
+    "A forked child reads, and opens the store again; nothing waits for the parent's threads."
+    from threading import Event, Thread
+    ctx, stop, want = multiprocessing.get_context('fork'), Event(), store[3]
+    def read_on():
+        while not stop.is_set(): store[5]
+    def child(results): results.put((store[3], CropStore(store.path)[3]))
+    threads, results = [Thread(target=read_on) for _ in range(2)], ctx.SimpleQueue()
+    for t in threads: t.start()
+    try:
+        for _ in range(5):
+            process = ctx.Process(target=child, args=(results,))
+            process.start()
+            process.join(60)
+            if process.exitcode is None: process.kill()
+            assert process.exitcode == 0 and results.get() == (want, want) and store[3] == want
+    finally:
+        stop.set()
+        for t in threads: t.join()
 
 def test_threads_share_a_store(store):
     from concurrent.futures import ThreadPoolExecutor

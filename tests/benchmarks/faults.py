@@ -119,7 +119,6 @@ FAULTS = [
     ('crop_store', 'cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)', 'bgr', WIRING + ' -k red'),
     ('crop_store', 'try: jpeg = self._gets[self._file[i]](self.keys[i])',
      'try: jpeg = self._gets[self._file[i]](self.keys[i-1])', 'tests/test_crop_store.py -k inside'),
-    ('crop_store', "os.register_at_fork(after_in_child=close_readers)", 'pass', 'tests/test_crop_store.py -k forked'),
     ('crop_store', 'zlib.crc32(jpeg) == crc and ', '', 'tests/test_crop_store.py -k changed_byte'),
     ('crop_store', 'with env.begin(), tqdm', 'with tqdm', 'tests/test_crop_store.py -k reader_sees'),
     ('crop_store', 'return_inverse=True)[1] - (ids < 0).any()', 'return_inverse=True)[1]', WIRING + ' -k no_name'),

@@ -45,8 +45,8 @@ def write_lmdb(path, records):
             with env.begin(write=True) as txn:
                 for key, jpeg in records[at:at+1000]: txn.put(key.encode(), jpeg, append=True)
 
-def source(records, seen):
-    def items(start): return (Item(key.encode(), jpeg, seen=seen) for key, jpeg in records[start:])
+def source(records, measures):
+    def items(start): return (Item(key.encode(), jpeg, measures=measures) for key, jpeg in records[start:])
     return Source('benchmark', len(records), items)
 
 def write_ours(path, records): pack(source(records, (128, 64, (.5,)*3, (.2,)*3)), path)
