@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['MAX_KEY', 'KEY_PATTERNS', 'Item', 'PICTURE_ENDINGS', 'STORE_SCHEMA', 'META', 'ROW', 'MAP_SIZE', 'Shard', 'OLD_ROW',
-           'parse_key', 'Source', 'list_crops', 'read_places', 'folder_source', 'decode', 'measure_item',
-           'chain_digest', 'PackState', 'open_lmdb', 'put_picture', 'add_batch', 'open_reader', 'close_readers',
-           'keep_inherited', 'begin_reading', 'parse_notes', 'read_shard', 'find_shards', 'mean_std', 'CropStore',
-           'map_in_threads', 'write_records', 'find_begun', 'pack', 'decode_batch', 'CropDataset', 'group',
-           'video_source', 'find_lmdb', 'read_keys', 'old_source', 'lmdb_source', 'shard_source', 'check_pages',
-           'verify_store', 'count_store', 'sample_sheet', 'export_crops', 'reid_pack']
+           'parse_key', 'Source', 'list_crops', 'read_places', 'folder_source', 'measure_item', 'chain_digest',
+           'PackState', 'open_lmdb', 'put_picture', 'add_batch', 'open_reader', 'close_readers', 'keep_inherited',
+           'begin_reading', 'parse_notes', 'read_shard', 'find_shards', 'mean_std', 'CropStore', 'map_in_threads',
+           'write_records', 'find_begun', 'pack', 'CropDataset', 'video_source', 'find_lmdb', 'read_keys', 'old_source',
+           'lmdb_source', 'shard_source', 'check_pages', 'verify_store', 'count_store', 'sample_sheet', 'export_crops',
+           'reid_pack']
 
-# %% ../nbs/02_lmdb.ipynb #a55d06cd
+# %% ../nbs/02_lmdb.ipynb #9faa9126
 import hashlib, json, os, re, shutil, threading, warnings, weakref, zlib
 from array import array
 from collections import Counter, namedtuple
@@ -27,12 +27,13 @@ import cv2
 import lmdb
 import numpy as np
 from filelock import FileLock, Timeout
-from lmdb.verify import VerifyError, verify as find_faults
+from lmdb.verify import verify as find_faults, VerifyError
 from tqdm import tqdm
 
-from .dataset import (
-    BadInput, command, cut_people, encode_jpeg, find_pairs, fingerprint, read_dets, safe_load)
-from .toy_city import write_image
+from .dataset import cut_people
+from .parts.core import BadInput, command, decode, encode_jpeg, fingerprint, write_image
+from .parts.detect import find_pairs
+from .parts.detections import read_dets, safe_load
 
 # %% ../nbs/02_lmdb.ipynb #99f7dcb7
 MAX_KEY = 511  # bytes; what LMDB takes
@@ -119,14 +120,7 @@ def folder_source(
     digest = hashlib.sha256(b'\0'.join(key for key, _ in listed)).hexdigest()
     return Source(digest, len(listed), items)
 
-# %% ../nbs/02_lmdb.ipynb #444a4171
-def decode(
-    jpeg:bytes, # A picture
-)->np.ndarray: # uint8[h,w,3] RGB, or None for a broken one
-    "Decode a picture."
-    bgr = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR) if jpeg else None
-    return None if bgr is None else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-
+# %% ../nbs/02_lmdb.ipynb #ed5c898f
 def measure_item(
     item:Item, # With `data`, or left out already
 )->Item: # `data` JPEG bytes; `measures` height, width, mean[3], std[3] of RGB from 0 to 1; or `why` not
@@ -484,26 +478,6 @@ def pack(
     Path(f'{store}-lock').unlink(missing_ok=True)
     return CropStore(store)
 
-# %% ../nbs/02_lmdb.ipynb #e2aa7f5a
-def decode_batch(
-    jpegs:list, # Of bytes
-    device='cpu', # Where to decode: a CUDA device uses its own JPEG decoder
-)->list: # Of uint8[3,h,w] tensors on the device, RGB; None for a broken picture
-    "Decode pictures where they are needed."
-    import torch
-    if torch.device(device).type == 'cpu':
-        pictures = map(decode, jpegs)
-        return [None if rgb is None else torch.from_numpy(rgb).permute(2, 0, 1) for rgb in pictures]
-    from torchvision.io import ImageReadMode, decode_jpeg
-    if not jpegs: return []
-    tensors = [torch.frombuffer(bytearray(j) or bytearray(1), dtype=torch.uint8) for j in jpegs]
-    try: return decode_jpeg(tensors, ImageReadMode.RGB, device)
-    except torch.cuda.OutOfMemoryError: raise
-    except RuntimeError:   # one of them is broken, and all are refused
-        if len(jpegs) == 1: return [None]
-    half = len(jpegs)//2
-    return decode_batch(jpegs[:half], device) + decode_batch(jpegs[half:], device)
-
 # %% ../nbs/02_lmdb.ipynb #af607cee
 class CropDataset:
     "The crops of a store as a PyTorch map-style dataset, for any number of workers."
@@ -541,15 +515,6 @@ class CropDataset:
         "list of keys, of the crops found broken so far, by whichever worker"
         found = self._broken.numpy()
         return self.store.keys[self.idx[found]].tolist() if found.any() else []
-
-# %% ../nbs/02_lmdb.ipynb #ca17f6d5
-def group(
-    labels, # [n], such as `store.tracks`
-)->dict: # {label: int[m], where it is}
-    "The places of each label."
-    names, at = np.unique(labels, return_inverse=True)
-    order = np.argsort(at, kind='stable')
-    return dict(zip(names.tolist(), np.split(order, np.cumsum(np.bincount(at))[:-1])))
 
 # %% ../nbs/02_lmdb.ipynb #8c6a19be
 def video_source(

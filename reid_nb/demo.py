@@ -11,7 +11,7 @@ __all__ = ['ANSWER_KINDS', 'MAX_FRAMES', 'MAX_MINUTES', 'MAX_PIXELS', 'MAX_MB', 
            'rate_input', 'enrollment_tab', 'verification_tab', 'identification_tab', 'merged_names', 'gallery_tab',
            'build_demo', 'read_login', 'serve_demo', 'demo']
 
-# %% ../nbs/08_demo.ipynb #36acb916
+# %% ../nbs/08_demo.ipynb #ea419c15
 import base64, hmac, html, ipaddress, os, re, sqlite3, tempfile, threading
 from collections import namedtuple
 from contextlib import contextmanager
@@ -23,14 +23,12 @@ import av
 import gradio as gr
 import numpy as np
 
-from .benchmarks import read_rgb
-from .biometrics import (
-    LABEL_GREY, Gallery, SeveralPeople, draw_film, enroll, evidence, explain, identify)
-from .dataset import encode_jpeg, write_jpeg
-from .jobs import command
-from .people import describe, frame_times, load_matcher, visible_intervals
-from .toy_city import build_toy
-from .video import BadInput
+from .biometrics import enroll, evidence, explain, identify, SeveralPeople
+from .parts.core import BadInput, command, encode_jpeg, read_rgb, write_jpeg
+from .parts.film import draw_film, LABEL_GREY
+from .parts.gallery import Gallery
+from .parts.toy_city import build_toy
+from .parts.tracks import describe, frame_times, load_matcher, visible_intervals
 
 # %% ../nbs/08_demo.ipynb #e1e9c8ad
 def figure_row(
@@ -546,7 +544,7 @@ def gallery_tab(backend):
 # %% ../nbs/08_demo.ipynb #7b4ad499
 def build_demo(
     gallery='gallery', # Folder of the gallery; made with the first enrolment
-    checkpoint=None, # See `load_matcher`; None: the small model of lesson 05b
+    checkpoint=None, # See `load_matcher`; None: the small model of the part Weights
     weights:str='motion', # Detector: 'motion' for fixed cameras, or Ultralytics weights
     examples=None, # Folder of clips to offer, such as the toy city's
 ): # `gr.Blocks`, not started; raises `BadInput` for a checkpoint or gallery of no use
@@ -609,7 +607,7 @@ def demo(
     port:int=7860, # Of the page
     host:str='127.0.0.1', # Address to listen at; others than this machine's want a login
     gallery:str='gallery', # Folder; made with the first enrolment
-    checkpoint:str=None, # Thresholds beside it; default the small model of lesson 05b
+    checkpoint:str=None, # Thresholds beside it; default the small model of the part Weights
     weights:str='motion', # motion (fixed cameras), or Ultralytics weights
     toy:bool=False, # Draw the toy city beside the gallery (half a minute), and offer its clips
     login:str=None, # Text file, one user:password a line: ask for them

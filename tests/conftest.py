@@ -15,8 +15,9 @@ DATA = Path(os.environ.get('REID_DATA', ROOT.parent/'shared'/'data'))
 def pytest_configure(config):
     config.addinivalue_line('markers', 'long: takes more than about 20 seconds on two cores')
 
-ONE_NETWORK = '06b_people', '06d_gallery', '07_biometrics', '08_demo', 'test_browser'   # train it in one folder
-FIRST = '00_toy_city', '06b_people', '05_finetune', 'test_dataset', '06_evaluate', '04_moco', 'test_quickstart'
+ONE_NETWORK = '06_biometrics', '08_demo', 'test_browser'   # train it in one folder
+FIRST = ('02_toy_city', '06_biometrics', '04_finetune', 'test_dataset', '05_evaluate', '03_moco', 'test_quickstart',
+         '15_tracks', '16_gallery')
 
 def pytest_collection_modifyitems(items):
     "A file to a worker, a notebook to a worker; what takes longest begins, and what all the others need."
@@ -35,7 +36,7 @@ def data():
 @pytest.fixture(scope='session')
 def toy():
     "The lesson's toy city, the same that the notebooks use."
-    from reid_nb.toy_city import build_toy
+    from reid_nb.parts.toy_city import build_toy
     return build_toy(ROOT/'nbs'/'_run'/'toy')
 
 @pytest.fixture(scope='session')
@@ -43,7 +44,7 @@ def market(tmp_path_factory):
     "A Market-style folder: 8 identities, each a colour, 6 images each."
     import cv2
     import numpy as np
-    from reid_nb.toy_city import rng_of
+    from reid_nb.parts.core import rng_of
     root = tmp_path_factory.mktemp('market')
     for part,pids in dict(bounding_box_train=range(1,9), query=range(11,15), bounding_box_test=range(11,15)).items():
         (root/part).mkdir()

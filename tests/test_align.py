@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from test_dataset import listed, one_line
 
-from reid_nb import align as al
-from reid_nb import dataset as ds
-from reid_nb.detections import read_dets, safe_load, write_dets
-from reid_nb.video import read_frames
+from reid_nb.parts import align as al
+from reid_nb.parts import download
+from reid_nb import dataset as dataset_
+from reid_nb.parts.detections import read_dets, safe_load, write_dets
+from reid_nb.parts.video import read_frames
 
 SIDE = 416
 
@@ -71,7 +72,7 @@ def test_real_detections_need_no_weights_where_the_camera_stands_still(data, run
 def city(toy, tmp_path, boxes_of='toyPortCam1'):
     "One video of the toy city, with the detections of itself or of another one."
     stem = 'alba+porto+toyPortCam1'
-    video = ds.VideoName.parse(stem).path(tmp_path/'videos')
+    video = download.VideoName.parse(stem).path(tmp_path/'videos')
     video.parent.mkdir(parents=True)
     shutil.copy(toy/'videos'/'alba'/'porto'/video.name, video)
     pkl = tmp_path/'dets'/f'{stem}.pkl'
@@ -92,7 +93,7 @@ def test_luperson_form_and_known_heights(toy, tmp_path):
         mended = read_dets(tmp_path/'aligned'/f'{stem}.pkl')
         assert (verdict['lines'], verdict['offset'], mended.height) == (720, 0, 360)
         assert (mended.frame == true.frame).all() and np.allclose(mended.box, true.box, atol=.01)
-        crops, = ds.extract(tmp_path/'videos', tmp_path/'aligned', tmp_path/'crops', workers=1)
+        crops, = dataset_.extract(tmp_path/'videos', tmp_path/'aligned', tmp_path/'crops', workers=1)
         assert crops['beyond'] == 0 and crops['boxes'] == crops['crops'] + sum(crops['dropped'].values())
 
 def test_what_does_not_fit_is_refused_once_and_comes_back(toy, tmp_path, run):

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.io import savemat
 
-from reid_nb.benchmarks import (
-    PROTOCOLS, SPLIT_PIDS, Benchmark, Protocol, Sample, blocks, chance, color_histogram, cuhk03_split, distances,
-    labels, rank, rank_rows, read_benchmark, register, roc_points, score_counts)
-from reid_nb.dataset import BadInput
+from reid_nb.parts.benchmarks import (
+    Benchmark, cuhk03_split, labels, Protocol, PROTOCOLS, read_benchmark, register, Sample, SPLIT_PIDS)
+from reid_nb.parts.metrics import (
+    blocks, chance, color_histogram, distances, rank, rank_rows, roc_points, score_counts)
+from reid_nb.parts.core import BadInput
 
 def benchmark(qp, qc, gp, gc):
     query, gallery = ([Sample('', int(p), int(c)) for p, c in zip(*pc)] for pc in ((qp, qc), (gp, gc)))
@@ -135,7 +136,7 @@ def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(BadInput, match='not one picture'): read_benchmark('market_folder', tmp_path)
 
 def test_a_protocol_of_ones_own(toy, monkeypatch):
-    monkeypatch.setattr('reid_nb.benchmarks.PROTOCOLS', dict(PROTOCOLS))
+    monkeypatch.setattr('reid_nb.parts.benchmarks.PROTOCOLS', dict(PROTOCOLS))
     register(Protocol('any_camera', PROTOCOLS['market_folder'].reader, rule=lambda q, pids, camids: pids == -1))
     easy, hard = (read_benchmark(n, toy/'market') for n in ('any_camera', 'market_folder'))
     a, b = (rank(x, color_histogram(x.query), color_histogram(x.gallery)) for x in (easy, hard))
@@ -231,7 +232,7 @@ def test_all_splits_equal_single_ones(tmp_path):
     np.testing.assert_allclose(scores.ap, aps, atol=1e-6)
 
 def test_one_classic_split_can_be_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setattr('reid_nb.benchmarks.PROTOCOLS', dict(PROTOCOLS))
+    monkeypatch.setattr('reid_nb.parts.benchmarks.PROTOCOLS', dict(PROTOCOLS))
     root = write_cuhk03(tmp_path)
     register(cuhk03_split('detected', 7))
     bench = read_benchmark('cuhk03_classic_detected_split07', root)
@@ -256,7 +257,7 @@ def test_cuhk03_np_from_the_mat_and_its_split_file(tmp_path):
     assert 'bounding_box_train: expected 7,368 pictures' in ' '.join(bench.notes) and root
 
 def test_a_killed_unpacking_is_begun_anew(tmp_path, monkeypatch):
-    import reid_nb.benchmarks as room
+    from reid_nb.parts import benchmarks as room
     root, write, count = write_cuhk03(tmp_path), room.write_image, []
     def dying(path, rgb):
         count.append(path)

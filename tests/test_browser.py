@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 from playwright.sync_api import expect, sync_playwright
 
-from reid_nb import demo, people
+from reid_nb import demo
+from reid_nb.parts import tracks as people
 from reid_nb.biometrics import enroll
 from reid_nb.evaluate import calibrate
 from reid_nb.finetune import finetune

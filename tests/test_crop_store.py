@@ -20,10 +20,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from reid_nb import crop_store as cs
-from reid_nb.crop_store import (CropDataset, CropStore, Item, Source, chain_digest, count_store, decode, decode_batch,
-                                export_crops, group, list_crops, lmdb_source, pack, parse_key, sample_sheet,
-                                shard_source, verify_store, video_source)
-from reid_nb.dataset import BadInput
+from reid_nb.parts.core import decode
+from reid_nb.parts.augment import decode_batch, group
+from reid_nb.crop_store import (
+    chain_digest, count_store, CropDataset, CropStore, export_crops, Item, list_crops, lmdb_source, pack, parse_key,
+    sample_sheet, shard_source, Source, verify_store, video_source)
+from reid_nb.parts.core import BadInput
 
 @pytest.fixture(scope='module')
 def crops(tmp_path_factory):

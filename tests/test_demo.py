@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from test_biometrics import BLUE, MATCHER, POINTS, RED, ckpt, colours, crops, files, film, films
 
 from reid_nb import biometrics as bio
-from reid_nb import gallery as gal
-from reid_nb import people as ppl
+from reid_nb.parts import gallery as gal
+from reid_nb.parts import tracks as ppl
 from reid_nb import demo
-from reid_nb.dataset import BadInput
-from reid_nb.people import frame_times
+from reid_nb.parts.core import BadInput
+from reid_nb.parts.tracks import frame_times
 
 def text(reply): return reply if isinstance(reply, str) else reply[0]
 def kind(reply): return re.search(r'class="answer (\w+)"', text(reply))[1]
@@ -88,7 +88,7 @@ def test_few_crops_are_shown(backend, films):
     assert images(backend.show_samples('Red')) <= 9
 
 def test_the_network_is_loaded_once(ckpt, films, tmp_path, monkeypatch):
-    from reid_nb import finetune
+    from reid_nb.parts import weights as finetune
     loads, load = [], finetune.load_model
     monkeypatch.setattr(finetune, 'load_model', lambda path: loads.append(path) or load(path))
     backend = demo.DemoBackend(tmp_path/'gallery', ckpt)

@@ -8,10 +8,11 @@ from nbdev.doclinks import nbglob
 from nbdev.serve import proc_nbs
 
 cfg = get_config()
-names = sorted(p.name for p in nbglob(cfg.nbs_path, as_path=True))
+names = sorted(str(p.relative_to(cfg.nbs_path)) for p in nbglob(cfg.nbs_path, as_path=True))
 
 def test_every_notebook_passes_the_processors():
-    assert names == sorted(p.name for p in proc_nbs(force=True).glob('*.ipynb'))
+    made = proc_nbs(force=True)
+    assert names == sorted(str(p.relative_to(made)) for p in made.rglob('*.ipynb'))
 
 def test_there_is_one_quarto_yml():
     assert (cfg.nbs_path/'_quarto.yml').resolve() == (cfg.config_path/'_quarto.yml').resolve()
@@ -22,12 +23,14 @@ def test_every_notebook_is_in_the_sidebar():
     assert names == sorted(name for part in parts for name in part)
 
 def test_links_between_pages_lead_somewhere():
-    pages, broken = {re.sub(r'ipynb$', end, n) for n in names for end in ('ipynb', 'html')}, []
+    "A link names the notebook, from which Quarto makes the page's address."
+    broken = []
     for name in names:
-        cells = json.loads((cfg.nbs_path/name).read_text(encoding='utf-8'))['cells']
+        page = cfg.nbs_path/name
+        cells = json.loads(page.read_text(encoding='utf-8'))['cells']
         text = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
         targets = [t.partition('#')[0] for t in re.findall(r'\]\(([^)\s]+)\)', text) if '://' not in t]
-        broken += [(name, t) for t in targets if t and t not in pages and not (cfg.nbs_path/t).is_file()]
+        broken += [(name, t) for t in targets if t and not (page.parent/t).is_file()]
     assert broken == []
 
 def test_links_of_the_readme_lead_somewhere():

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from reid_nb.benchmarks import (
-    PROTOCOLS, Benchmark, Protocol, Sample, color_histogram, distances, labels, rank, read_benchmark, read_rgb,
-    score_counts)
-from reid_nb.dataset import BadInput
+from reid_nb.parts.core import read_rgb
+from reid_nb.parts.benchmarks import Benchmark, labels, Protocol, PROTOCOLS, read_benchmark, Sample
+from reid_nb.parts.metrics import color_histogram, distances, rank, score_counts
+from reid_nb.parts.core import BadInput
+from reid_nb.parts.metrics import (
+    auc_eer, average_queries, bootstrap, check_rerank, compare_scores, draw_people, expand_queries, open_set,
+    operating_points, pair_figures, rank_with, rates, rerank_distances, split_people, threshold_at)
 from reid_nb.evaluate import (
-    auc_eer, average_queries, bootstrap, camera_matrix, check_rerank, compare_scores, draw_people, embedding_map,
-    evaluate, expand_queries, features_of, find_drift, identification_rate, open_set, operating_points, pair_figures,
-    plot_rates, plot_roc, plot_scores, rank_lists, rank_with, rates, read_features, rerank_distances, some_of_each,
-    split_people, summarize, threshold_at, write_features)
+    camera_matrix, embedding_map, evaluate, features_of, find_drift, identification_rate, plot_rates, plot_roc,
+    plot_scores, rank_lists, read_features, some_of_each, summarize, write_features)
 
 FIGURES = {'mAP', 'rank1', 'rank5', 'rank10', 'mINP'}
 
@@ -205,7 +206,7 @@ def test_a_checkpoint(toy, tmp_path, run):
 
 def the_mirror(toy, ckpt, path):
     "The option flip averages with mirror images, is named, and leaves the thresholds as they were"
-    from reid_nb.finetune import embed, load_model
+    from reid_nb.parts.weights import embed, load_model
     before, bench = path.read_bytes(), read_benchmark('market_folder', toy/'market')
     few, (model, meta) = replace(bench, query=bench.query[:3], gallery=bench.gallery[:2]), load_model(ckpt)
     rgb = [read_rgb(s.path) for s in few.query]
@@ -219,7 +220,7 @@ def the_mirror(toy, ckpt, path):
 
 def old_and_moved_thresholds(toy, ckpt, path, kept, here):
     "A thresholds file without old scores serves as ever; one with quite other scores warns, but not at home"
-    from reid_nb.biometrics import load_matcher
+    from reid_nb.parts.tracks import load_matcher
     moved = dict(edges=[-1.5, -1.2, -1.1, -1], impostor=[5, 5, 5])
     for scores, words in ({}, None), (dict(scores=moved), 'stability index'):
         path.write_text(json.dumps(kept | scores))
@@ -233,8 +234,8 @@ def old_and_moved_thresholds(toy, ckpt, path, kept, here):
     ('{"checkpoint_digest": "0", "thresholds": {"0.01": {"high": NaN}}}', 'damaged')])
 def test_thresholds_that_cannot_be_trusted_are_refused(toy, tmp_path, run, text, words):
     "Neither evaluation nor recognition goes on without them, and neither mends them."
-    from reid_nb.biometrics import load_matcher
-    from reid_nb.small_model import SMALL
+    from reid_nb.parts.tracks import load_matcher
+    from reid_nb.parts.weights import SMALL
     ckpt, path = tmp_path/'a.safetensors', tmp_path/'a.thresholds.json'
     ckpt.write_bytes(SMALL.read_bytes())
     path.write_text(text)
@@ -467,7 +468,8 @@ def test_colours_on_cuhk03_p1(data, tmp_path, run):
 
 def test_classic_cuhk03_counts_people_once(tmp_path):
     "A person of several splits is one person for intervals and for the halves of the thresholds"
-    from reid_nb.benchmarks import PROTOCOLS, Benchmark, Sample, join_splits, score_counts
+    from reid_nb.parts.benchmarks import Benchmark, join_splits, PROTOCOLS, Sample
+    from reid_nb.parts.metrics import score_counts
     samples = [Sample(tmp_path/f'{pid}_{cam}_{n}.png', pid, cam)
                for pid in range(1, 9) for cam in (1, 2) for n in (0, 1)]
     r = np.random.default_rng(0)

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from reid_nb.backbones import build_backbone
-from reid_nb.benchmarks import chance, rank, read_benchmark
-from reid_nb.dataset import BadInput
+from reid_nb.parts.models import build_backbone
+from reid_nb.parts.benchmarks import read_benchmark
+from reid_nb.parts.metrics import chance, rank
+from reid_nb.parts.core import BadInput
 from reid_nb import finetune as finetuning
-from reid_nb.finetune import (RECIPES, Trainer, TrainImages, embed, load_model, pk_batches, score, take_labels,
-                              training_set)
-from reid_nb.sessions import Run, change_recipe, load_checkpoint, read_state, save_checkpoint
-from reid_nb.transfer import read_weights, transfer_weights
+from reid_nb.parts.weights import embed, load_model
+from reid_nb.finetune import pk_batches, RECIPES, score, take_labels, Trainer, TrainImages, training_set
+from reid_nb.parts.weights import load_checkpoint, save_checkpoint
+from reid_nb.parts.training import change_recipe, read_state, Run
+from reid_nb.parts.weights import read_weights, transfer_weights
 
 FAST = dict(arch='osnet_x0_25', epochs=3, batch=16, size=(64,32), device='cpu')
 
@@ -285,7 +287,7 @@ def test_kill_and_resume(market, whole, tmp_path):
     code = f"""if 1:
         import os, signal
         from test_finetune import finetune
-        from reid_nb.sessions import Session
+        from reid_nb.parts.training import Session
         write = Session.save
         def save(self):
             write(self)

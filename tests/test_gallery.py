@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_biometrics import BLUE, GREEN, MATCHER, POINTS, RED, colours, consistent, crops, template
 
-from reid_nb import gallery as gal
-from reid_nb.dataset import BadInput, sha256
-from reid_nb.people import Matcher
-from reid_nb.search import ExactIndex, FaissIndex, QdrantIndex, best_people
-from reid_nb.small_model import SMALL
+from reid_nb.parts import gallery as gal
+from reid_nb.parts.core import BadInput, sha256
+from reid_nb.parts.tracks import Matcher
+from reid_nb.parts.gallery import best_people, ExactIndex, FaissIndex, QdrantIndex
+from reid_nb.parts.weights import SMALL
 
 @pytest.fixture
 def here(tmp_path):
@@ -101,7 +101,7 @@ def test_any_order_of_changes(tmp_path_factory, changes):
 KILL = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from reid_nb import gallery as gal
+from reid_nb.parts import gallery as gal
 def die(*args, **kw): os.kill(os.getpid(), signal.SIGKILL)
 copy, n = gal.shutil.copyfile, 0
 def third(*args):
@@ -174,8 +174,8 @@ def test_the_index_is_kept_until_anybody_changes_the_gallery(here):
     made = here.index.load()
     with here.store.writing() as db: gal.log_event(db, 'identified')      # is no change
     assert gal.Gallery(here.root).index.load() is made
-    subprocess.run([sys.executable, '-c', f'from reid_nb.gallery import *; Gallery({str(here.root)!r}).erase("Ada")'],
-                   check=True)
+    code = f'from reid_nb.parts.gallery import *; Gallery({str(here.root)!r}).erase("Ada")'
+    subprocess.run([sys.executable, '-c', code], check=True)
     assert closest(here) == 'Bob' and here.index.load() is not made
     here.erase('Bob')
     with pytest.raises(BadInput, match='nobody is enrolled'): here.nearest(template().feature)

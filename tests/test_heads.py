@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reid_nb.backbones import NonLocal, build_backbone, halves
-from reid_nb.heads import CircleSoftmax, GeM, Head, ReidModel, reid_loss, triplet
+from reid_nb.parts.models import build_backbone, halves, NonLocal
+from reid_nb.parts.models import CircleSoftmax, GeM, Head, reid_loss, ReidModel, triplet
 
 BATCHES = st.tuples(st.integers(0, 10**6), st.integers(2, 6), st.integers(1, 4), st.sampled_from([.3, 1., None]))
 

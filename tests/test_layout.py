@@ -13,10 +13,12 @@ import pytest
 from conftest import ROOT
 
 BIN = Path(sys.executable).parent
-NOTEBOOKS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
+LESSONS, PARTS = (sorted((ROOT/d).glob('[0-9]*.ipynb')) for d in ('nbs', 'nbs/parts'))
+NOTEBOOKS = PARTS + LESSONS   # in the order in which they may lean on each other
 
 def files(root):
-    found = [f for d in ('nbs', 'reid_nb') for f in (root/d).iterdir() if f.suffix in ('.ipynb', '.py')]
+    found = [f for d in ('nbs', 'nbs/parts', 'reid_nb', 'reid_nb/parts') for f in (root/d).iterdir()
+             if f.suffix in ('.ipynb', '.py')]
     return {str(f.relative_to(root)): f.read_bytes() for f in found}
 
 def test_modules_and_notebooks_agree(tmp_path):
@@ -43,13 +45,52 @@ def test_lesson_is_in_shape(nb):
     assert len(nb.read_bytes()) < 500_000
     assert all(len(line) < 200 for c in cells if c['cell_type'] == 'code' for line in ''.join(c['source']).splitlines())
     text = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
-    assert '## Summary' in text and '## Exercises' in text
+    assert nb in PARTS or '## Summary' in text and '## Exercises' in text
 
-def test_rooms_look_only_down():
-    order = {re.search(r'#\| ?default_exp (\w+)', f.read_text(encoding='utf-8'))[1]: k for k, f in enumerate(NOTEBOOKS)}
-    for module, k in order.items():
-        text = (ROOT/'reid_nb'/f'{module}.py').read_text(encoding='utf-8')
-        assert all(order[m] < k for m in re.findall(r'^\s*from (?:reid_nb)?\.(\w+) import', text, re.M) if m in order)
+def module_of(nb):
+    found = re.search(r'#\| ?default_exp ([\w.]+)', nb.read_text(encoding='utf-8'))
+    return found and found[1]
+
+def code_of(nb):
+    cells = json.loads(nb.read_text(encoding='utf-8'))['cells']
+    sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    return ''.join(s + '\n' for s in sources if '%pip' not in s and '%%' not in s)
+
+def test_no_arrow_runs_up():
+    "A lesson leans on parts and on earlier lessons, a part on earlier parts; in tests beside the code too."
+    order = {module_of(nb): k for k, nb in enumerate(NOTEBOOKS)}
+    up = []
+    for k, nb in enumerate(NOTEBOOKS):
+        for wanted in set(re.findall(r'from reid_nb\.((?:parts\.)?\w+) import', code_of(nb))):
+            if order[wanted] > k: up.append((nb.name, wanted))
+    assert up == []
+
+def modules():
+    return [ROOT/'reid_nb'/(module_of(nb).replace('.', '/') + '.py') for nb in NOTEBOOKS if module_of(nb)]
+
+def test_every_module_has_its_notebook():
+    there = [f for d in ('reid_nb', 'reid_nb/parts') for f in (ROOT/d).glob('[a-z]*.py')]
+    assert sorted(modules()) == sorted(there)
+
+def test_a_name_means_one_thing():
+    "No two modules define the same function, class or constant."
+    where = {}
+    for f in modules():
+        for node in ast.parse(f.read_text(encoding='utf-8')).body:
+            stored = [n.id for t in getattr(node, 'targets', []) for n in ast.walk(t) if isinstance(n, ast.Name)]
+            defines = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            names = [node.name] if defines else stored if isinstance(node, ast.Assign) else []
+            for n in {*names} - {'log', '__all__'}: where.setdefault(n, set()).add(f.stem)
+    assert {n: sorted(m) for n, m in where.items() if len(m) > 1} == {}
+
+@pytest.mark.parametrize('module, heavy', [
+    ('core', 'torch lmdb av matplotlib sqlite3 gradio ultralytics torchreid'),
+    ('models', 'lmdb av matplotlib sqlite3 gradio ultralytics'), ('gallery', 'torch av matplotlib gradio ultralytics'),
+    ('metrics', 'torch lmdb av matplotlib sqlite3')])
+def test_a_part_loads_what_it_needs(module, heavy):
+    say = f'import sys, reid_nb.parts.{module}; print(*[m for m in {heavy.split()} if m in sys.modules])'
+    done = subprocess.run([sys.executable, '-c', say], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 def test_what_is_imported_is_declared():
     "Every package that a module imports is a requirement, or one of an extra."
@@ -58,7 +99,7 @@ def test_what_is_imported_is_declared():
     ini.read(ROOT/'settings.ini', encoding='utf-8')
     words = ' '.join(v for k, v in ini['DEFAULT'].items() if k.endswith('requirements') and k != 'dev_requirements')
     declared = {plain(re.match(r'[\w.-]+', w)[0]) for w in words.split()}
-    trees = [ast.parse(f.read_text(encoding='utf-8')) for f in (ROOT/'reid_nb').glob('*.py')]
+    trees = [ast.parse(f.read_text(encoding='utf-8')) for f in (ROOT/'reid_nb').rglob('*.py')]
     names = {a.name for t in trees for n in ast.walk(t) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for t in trees for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and not n.level}
     tops = {name.split('.')[0] for name in names} - {*sys.stdlib_module_names, 'reid_nb', 'IPython'}

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from reid_nb.crop_store import pack
-from reid_nb.dataset import BadInput
-from reid_nb.backbones import build_backbone
+from reid_nb.parts.core import BadInput
+from reid_nb.parts.models import build_backbone
 from reid_nb import moco
-from reid_nb.moco import MoCo, lr_at, queue_batches
-from reid_nb.sessions import Run, load_checkpoint, read_state
-from reid_nb.toy_city import rng_of
+from reid_nb.moco import lr_at, MoCo, queue_batches
+from reid_nb.parts.weights import load_checkpoint
+from reid_nb.parts.training import read_state, Run
+from reid_nb.parts.core import rng_of
 
 FAST = dict(arch='osnet_x0_25', epochs=6, batch=8, size=(64,32), device='cpu')
 
@@ -247,7 +248,9 @@ def test_shuffled_keys_come_home(tmp_path):
     script = tmp_path/'shuffle.py'
     script.write_text("""if 1:
         import torch, torch.distributed as dist
-        from reid_nb.moco import join_processes, pick_device, shuffled
+        from reid_nb.parts.device import pick_device
+        from reid_nb.parts.training import join_processes
+        from reid_nb.moco import shuffled
         rank,world = join_processes(pick_device('cpu'))
         x,batches = torch.arange(4.)[:,None] + 10*rank,[]
         def encoder(x): batches.append(x); return 2*x

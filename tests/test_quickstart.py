@@ -31,7 +31,7 @@ def test_the_walk_reports_every_door(walk):
 
 @pytest.mark.long
 def test_the_control_sees_what_moco_sees_and_learns_nothing(walk):
-    from reid_nb.sessions import load_checkpoint
+    from reid_nb.parts.weights import load_checkpoint
     dest, _ = walk
     (moco, a), (still, b) = [load_checkpoint(dest/k/'moco.safetensors') for k in ('moco', 'rate0')]
     differ = [k for k, v in a['settings'].items() if b['settings'][k] != v]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from reid_nb.dataset import BadInput
-from reid_nb.sessions import Run, Session, load_checkpoint, read_state, save_checkpoint
-from reid_nb.toy_city import HOST
+from reid_nb.parts.core import BadInput
+from reid_nb.parts.weights import load_checkpoint, save_checkpoint
+from reid_nb.parts.training import read_state, Run, Session
+from reid_nb.parts.core import HOST
 
 def test_checkpoint_files(tmp_path):
     path = save_checkpoint(tmp_path/'a.safetensors', {'w': torch.arange(6.).view(2,3)}, {'kind':'moco'})
@@ -27,7 +28,7 @@ def test_what_a_kill_left_is_swept(tmp_path):
     "The half-written file of a dead process goes when anything is written there again; that of a living one stays."
     code = """if 1:
         import os, signal, sys
-        from reid_nb.toy_city import atomic_write
+        from reid_nb.parts.core import atomic_write
         with atomic_write(sys.argv[1]) as f:
             f.write('half'); f.flush()
             if sys.argv[2:]: print('writing', flush=True); sys.stdin.readline()
@@ -55,8 +56,8 @@ def test_a_session_keeps_its_precision(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     for has, asked, want in ((True, None, 'bf16'), (True, 'fp32', 'fp32'), (True, None, 'fp32'), (False, None, 'fp32'),
                              (False, 'bf16', 'bf16'), (False, None, 'fp32')):
-        monkeypatch.setattr('reid_nb.views.has_bf16', lambda device: has)
-        monkeypatch.setattr('reid_nb.sessions.has_bf16', lambda device: has)
+        monkeypatch.setattr('reid_nb.parts.device.has_bf16', lambda device: has)
+        monkeypatch.setattr('reid_nb.parts.device.has_bf16', lambda device: has)
         caplog.clear()
         s = Session(tmp_path, 'toy', {}, Run(precision=asked))
         assert s.choose_precision(cpu) == want

@@ -8,13 +8,14 @@ import onnxruntime
 import pytest
 from conftest import ROOT
 
-from reid_nb.benchmarks import read_benchmark
-from reid_nb.dataset import BadInput, sha256
-from reid_nb.evaluate import evaluate, read_thresholds
-from reid_nb.finetune import embed, load_model
-from reid_nb.moco import read_image
-from reid_nb.sessions import save_checkpoint
-from reid_nb.small_model import SMALL, export_onnx, slim
+from reid_nb.parts.benchmarks import read_benchmark
+from reid_nb.parts.core import BadInput, sha256
+from reid_nb.parts.weights import read_thresholds
+from reid_nb.evaluate import evaluate
+from reid_nb.parts.weights import embed, load_model
+from reid_nb.parts.weights import read_image
+from reid_nb.parts.weights import save_checkpoint
+from reid_nb.parts.weights import export_onnx, slim, SMALL
 
 CARD = (SMALL.parent/'README.md').read_text(encoding='utf-8')
 

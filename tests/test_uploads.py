@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from test_biometrics import HOSTILE, MATCHER, RED, WORLD, consistent, film
 from test_demo import images, kind
 
-from reid_nb import biometrics as bio
+from reid_nb import biometrics as biometrics_
+from reid_nb.parts import film as film_
 from reid_nb import demo
-from reid_nb.dataset import BadInput
-from reid_nb.people import find_tracks, frame_times
-from reid_nb.video import read_frames
+from reid_nb.parts.core import BadInput
+from reid_nb.parts.tracks import find_tracks, frame_times
+from reid_nb.parts.video import read_frames
 
 @pytest.fixture(scope='module')
 def clip(tmp_path_factory): return film(tmp_path_factory.mktemp('clip')/'red.mp4', (RED, 3, 6, 60), n=40)
@@ -95,8 +96,8 @@ def test_uneven_times(backend, tmp_path):
     "Variable frame rate: times are those of the packets, in the answer and in the film"
     times = np.cumsum(np.where(np.arange(40) < 20, .08, .4))
     uneven = film(tmp_path/'uneven.mp4', (RED, 3, 6, 60), n=40, times=times)
-    bio.enroll('Red', uneven, tmp_path/'g', MATCHER)
-    (a, b, s, t), = bio.identify(uneven, tmp_path/'g', MATCHER, film=tmp_path/'film.mp4').decisions[0].seen
+    biometrics_.enroll('Red', uneven, tmp_path/'g', MATCHER)
+    (a, b, s, t), = biometrics_.identify(uneven, tmp_path/'g', MATCHER, film=tmp_path/'film.mp4').decisions[0].seen
     assert b == 39 and abs(s - (times[a] - times[0])) < .02 and abs(t - (times[39] - times[0])) < .02
     assert np.abs(frame_times(tmp_path/'film.mp4') - (times - times[0])).max() < .01
 
@@ -119,8 +120,8 @@ def test_held_upright(backend, tmp_path, clip):
     (tmp_path/'phone.mp4').write_bytes(raw)
     straight, phone = (find_tracks(p)[0].seen for p in (clip, tmp_path/'phone.mp4'))
     assert len(phone) == len(straight) and np.abs(np.array([b for _, b in phone]) - [b for _, b in straight]).max() < 9
-    bio.enroll('Red', tmp_path/'phone.mp4', tmp_path/'g', MATCHER)
-    bio.identify(tmp_path/'phone.mp4', tmp_path/'g', MATCHER, film=tmp_path/'film.mp4')
+    biometrics_.enroll('Red', tmp_path/'phone.mp4', tmp_path/'g', MATCHER)
+    biometrics_.identify(tmp_path/'phone.mp4', tmp_path/'g', MATCHER, film=tmp_path/'film.mp4')
     assert next(read_frames(tmp_path/'film.mp4'))[1].shape == (240, 400, 3)
 
 ODD = {'yuv444p': ('libx264', 'mp4'), 'yuv420p10le': ('libx264', 'mp4'), 'gray': ('libx264', 'mp4'),
@@ -150,14 +151,14 @@ def test_the_demo_speaks_all_languages(backend, clip):
 @given(st.text(min_size=1, max_size=30), st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
 def test_any_label_can_be_drawn(text, number):
-    h, w, c = bio.label_picture(number, text, (0, 0, 0)).shape
+    h, w, c = film_.label_picture(number, text, (0, 0, 0)).shape
     assert 16 <= h < 60 and w >= 8 and c == 3
 
 @given(st.tuples(*[st.integers(-500, 900)]*4), st.integers(2, 50), st.integers(2, 500))
 @settings(max_examples=100, deadline=None)
 def test_any_box_can_be_painted(box, h, w):
     frame, label = np.zeros((120, 160, 3), np.uint8), np.full((h, w, 3), 255, np.uint8)
-    bio.draw_box(frame, box, label, (9, 9, 9))
+    film_.draw_box(frame, box, label, (9, 9, 9))
     assert (frame == 255).any()
 
 # --- waiting in line

@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from reid_nb import video as vd
+from reid_nb.parts import video as video_
+from reid_nb.parts import core
 
 GROUND = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (96, 400, 3), np.uint8), (0, 0), 3)
 
@@ -88,8 +89,8 @@ def all_frames(path):
     "What a sequential decode gives, up to its end or to an error."
     found = []
     try:
-        for _, rgb in vd.read_frames(path): found.append(rgb)
-    except vd.BadInput: found.append(None)
+        for _, rgb in video_.read_frames(path): found.append(rgb)
+    except core.BadInput: found.append(None)
     return found
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -99,7 +100,7 @@ def test_each_frame_is_the_one_of_its_number(kind, tmp_path):
     whole = all_frames(path)
     broken = whole and whole[-1] is None
     n = len(whole) - bool(broken)
-    if planned is not None: assert bool(vd.list_packets(path)) == planned
+    if planned is not None: assert bool(video_.list_packets(path)) == planned
     film, k = cv2.VideoCapture(str(path)), 0
     while (read := film.read())[0] and k < n:  # it has its own ways with damage and with the colours of half pictures
         assert kind in ('damaged', 'interlaced') or (read[1][..., ::-1] == whole[k]).all(), k
@@ -109,14 +110,14 @@ def test_each_frame_is_the_one_of_its_number(kind, tmp_path):
     for wanted in ([0], [n - 1], [n//2, n//2 + 1], range(0, n, 12), rng.choice(n, 15), range(n), [], [5, n + 9]):
         found = []
         try:
-            for i, rgb in vd.read_frames(path, wanted): found.append((i, rgb))
-        except vd.BadInput: assert broken
+            for i, rgb in video_.read_frames(path, wanted): found.append((i, rgb))
+        except core.BadInput: assert broken
         due = sorted({int(i) for i in wanted if i < n})
         if not broken: assert [i for i, _ in found] == due
         assert all(i in due and (rgb == whole[i]).all() for i, rgb in found if i < n)
 
 def decoded(path, wanted):
-    return sum(vd.plan_packets(vd.list_packets(path), wanted))
+    return sum(video_.plan_packets(video_.list_packets(path), wanted))
 
 def test_the_plan_decodes_little(tmp_path):
     path = film(tmp_path/'a.mp4', **x264(keyint=30, scenecut=0))
@@ -125,13 +126,13 @@ def test_the_plan_decodes_little(tmp_path):
 
 def test_a_list_that_lies_is_found_out(tmp_path, monkeypatch):
     path = film(tmp_path/'a.mp4', **x264(keyint=30))
-    whole, honest = dict(vd.read_frames(path)), vd.list_packets(path)
+    whole, honest = dict(video_.read_frames(path)), video_.list_packets(path)
     swapped = [p._replace(pts=q.pts) for p, q in zip(honest, honest[1:] + honest[:1])]
     late = [p._replace(pts=p.pts + 10**6*(k % 2)) for k, p in enumerate(honest)]
     for lie in (swapped, late, [p._replace(pts=-p.pts) for p in honest]):
-        monkeypatch.setattr(vd, 'list_packets', lambda video: lie)
+        monkeypatch.setattr(video_, 'list_packets', lambda video: lie)
         for wanted in (range(0, 140, 12), [77], range(100, 140)):
-            found = dict(vd.read_frames(path, wanted))
+            found = dict(video_.read_frames(path, wanted))
             assert list(found) == list(wanted) and all((rgb == whole[i]).all() for i, rgb in found.items())
 
 def test_rotation_is_applied(tmp_path):
@@ -142,7 +143,8 @@ def test_rotation_is_applied(tmp_path):
         raw[at:at + 36] = struct.pack('>9i', *(v << 16 for v in (a, b)), 0, *(v << 16 for v in (c, d)), 0,
                                       x << 16, y << 16, 1 << 30)
         (tmp_path/'turned.mp4').write_bytes(raw)
-        (_, lying), (_, up) = next(vd.read_frames(tmp_path/'a.mp4')), next(vd.read_frames(tmp_path/'turned.mp4', [0]))
+        (_, lying), = video_.read_frames(tmp_path/'a.mp4', [0])
+        (_, up), = video_.read_frames(tmp_path/'turned.mp4', [0])
         assert (up == np.rot90(lying, -turn//90)).all()
 
 def test_broken_videos_are_bad_input(tmp_path):
@@ -152,11 +154,11 @@ def test_broken_videos_are_bad_input(tmp_path):
         path = tmp_path/f'{name}.mp4'
         path.write_bytes(content)
         for wanted in (None, [0, 30]):
-            with pytest.raises(vd.BadInput): list(vd.read_frames(path, wanted))
+            with pytest.raises(core.BadInput): list(video_.read_frames(path, wanted))
 
 def test_real_frames(data):
     for path in sorted((data/'real_city'/'videos').rglob('*.mp4')):
         wanted, film, k = range(3, 400, 11), cv2.VideoCapture(str(path)), -1
-        for i, rgb in vd.read_frames(path, wanted):
+        for i, rgb in video_.read_frames(path, wanted):
             while k < i: k, bgr = k + 1, film.read()[1]
             assert (bgr[..., ::-1] == rgb).all()

@@ -9,11 +9,13 @@ from hypothesis import given, settings, strategies as st
 from torchvision import transforms as T
 from torchvision.transforms import functional as tv
 
-from reid_nb.dataset import BadInput
-from reid_nb.toy_city import rng_of
-from reid_nb.views import (AUGMENTS, Augment, View, ViewPairs, autocast, color_maps, crop_batches, middle_box,
-                           pack_pairs, pick_precision, prefetch, random_box, render, render_batch, render_pairs,
-                           tabulate, to_canvas, to_input)
+from reid_nb.parts.core import BadInput
+from reid_nb.parts.core import rng_of
+from reid_nb.parts.device import autocast, pick_precision, to_input
+from reid_nb.parts.augment import (
+    Augment, AUGMENTS, color_maps, crop_batches, middle_box, pack_pairs, random_box, render, render_batch,
+    render_pairs, tabulate, to_canvas, View, ViewPairs)
+from reid_nb.parts.training import prefetch
 
 def render_exact(img, view, size, fill=(128,128,128)):
     "Render one view number for number as torchvision does from a tensor."

@@ -14,28 +14,33 @@ import torch.nn.functional as F
 from torch import nn
 
 from reid_nb import finetune as finetuning
-from reid_nb import moco as contrasting
-from reid_nb.align import apply_fit, choose_fit, score_offsets
-from reid_nb.backbones import IBN
+from reid_nb import moco as moco_
+from reid_nb.parts import models
+from reid_nb.parts.align import apply_fit, choose_fit, score_offsets
+from reid_nb.parts.models import IBN
 from reid_nb.biometrics import decide
-from reid_nb.benchmarks import Benchmark, Protocol, Sample, read_benchmark, score_counts
-from reid_nb.crop_store import CropDataset, CropStore, decode, pack
-from reid_nb.dataset import BadInput, encode_jpeg, yolo_boxes
-from reid_nb.detections import Dets
-from reid_nb.evaluate import operating_points, select_part, split_people
-from reid_nb.finetune import RECIPES, alter, pk_batches
-from reid_nb.gallery import Gallery
-from reid_nb.heads import ReidModel
-from reid_nb.moco import MoCo, lr_at, train_step, view_loader
-from reid_nb.people import Matcher, Shot, Template, Track
-from reid_nb.sessions import Run, load_checkpoint, read_state
-from reid_nb.toy_city import rng_of
-from reid_nb.views import Augment, View, ViewPairs, crop_batches
+from reid_nb.parts.benchmarks import Benchmark, Protocol, read_benchmark, Sample
+from reid_nb.parts.metrics import score_counts
+from reid_nb.parts.core import decode
+from reid_nb.crop_store import CropDataset, CropStore, pack
+from reid_nb.parts.core import BadInput, encode_jpeg
+from reid_nb.parts.detect import yolo_boxes
+from reid_nb.parts.detections import Dets
+from reid_nb.parts.metrics import operating_points, select_part, split_people
+from reid_nb.finetune import alter, pk_batches, RECIPES
+from reid_nb.parts.gallery import Gallery
+from reid_nb.parts.models import ReidModel
+from reid_nb.moco import lr_at, MoCo, train_step, view_loader
+from reid_nb.parts.tracks import Matcher, Shot, Template, Track
+from reid_nb.parts.weights import load_checkpoint
+from reid_nb.parts.training import read_state, Run
+from reid_nb.parts.core import rng_of
+from reid_nb.parts.augment import Augment, crop_batches, View, ViewPairs
 
 HOW = dict(arch='osnet_x0_25', epochs=2, batch=8, size=(64,32), optimizer='sgd')
 CPU = Run(device='cpu', precision='fp32')
 
-def pretrain(store, out, **kw): return contrasting.pretrain(store, out, run=CPU, **kw)
+def pretrain(store, out, **kw): return moco_.pretrain(store, out, run=CPU, **kw)
 MOVING = {'running_mean','running_var','num_batches_tracked'}
 
 @pytest.fixture(scope='module')
@@ -53,7 +58,7 @@ def store(tmp_path_factory):
 @pytest.fixture
 def steps(monkeypatch):
     "What reaches each `train_step` of MoCo: rate, both views, places; and which weights came out."
-    seen,real = [],contrasting.train_step
+    seen,real = [],moco_.train_step
     def spy(net, opt, x_q, x_k, places=None, *rest):
         before = [p.detach().clone() for p in net.encoder_q.parameters()]
         out = real(net, opt, x_q, x_k, places, *rest)
@@ -61,7 +66,7 @@ def steps(monkeypatch):
         seen.append(SimpleNamespace(lr=opt.param_groups[0]['lr'], x_q=x_q.clone(), x_k=x_k.clone(), places=places,
                                     moved=moved, rest=rest))
         return out
-    monkeypatch.setattr(contrasting, 'train_step', spy)
+    monkeypatch.setattr(moco_, 'train_step', spy)
     return seen
 
 @pytest.fixture
@@ -86,7 +91,7 @@ def test_rate_zero_moves_nothing(store, tmp_path, steps):
     end = pretrain(store, tmp_path, lr=0., **HOW)
     assert not any(s.moved for s in steps)
     torch.manual_seed(0)
-    first,last = contrasting.build_backbone(HOW['arch']).state_dict(),load_checkpoint(end)[0]
+    first,last = models.build_backbone(HOW['arch']).state_dict(),load_checkpoint(end)[0]
     still = {k: torch.equal(v, last[f'backbone.{k}']) for k,v in first.items()}
     assert {k.split('.')[-1] for k,same in still.items() if not same} <= MOVING
 
@@ -314,7 +319,7 @@ def test_a_detector_sees_bgr(tmp_path, monkeypatch):
 
 def test_alignment_shifts_the_boxes_to_the_video(tmp_path, monkeypatch):
     "Boxes that were written down one frame late, on a copy of half the height, go back to where the person is."
-    import reid_nb.align as align
+    from reid_nb.parts import align
     def truth(i): return np.array([[40.+8*i, 20, 100+8*i, 180]], np.float32)
     frames, noise = np.arange(1, 30), rng_of('boxes').normal(0, 1, (29,4)).astype(np.float32)
     d = Dets('LUPerson-NL', frames, 0*frames, 0*frames, np.concatenate([truth(i-1)/2 for i in frames])+noise,

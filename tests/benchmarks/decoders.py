@@ -19,8 +19,8 @@ import torchvision
 from PIL import Image
 from torchvision.io import decode_jpeg
 
-from reid_nb.crop_store import decode
-from reid_nb.toy_city import build_toy
+from reid_nb.parts.core import decode
+from reid_nb.parts.toy_city import build_toy
 
 
 def decoders():

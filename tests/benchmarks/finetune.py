@@ -22,11 +22,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from reid_nb.backbones import build_backbone
-from reid_nb.benchmarks import read_benchmark
-from reid_nb.finetune import RECIPES, Trainer, TrainImages, pk_batches, take_labels
-from reid_nb.heads import ReidModel
-from reid_nb.views import parse_size, pick_device
+from reid_nb.parts.models import build_backbone
+from reid_nb.parts.benchmarks import read_benchmark
+from reid_nb.finetune import pk_batches, RECIPES, take_labels, Trainer, TrainImages
+from reid_nb.parts.models import ReidModel
+from reid_nb.parts.core import parse_size
+from reid_nb.parts.device import pick_device
 
 with warnings.catch_warnings():   # it tells that its compiled ranking is missing
     warnings.simplefilter('ignore')

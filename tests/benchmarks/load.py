@@ -24,7 +24,7 @@ from pathlib import Path
 
 from gradio_client import Client, handle_file
 
-from reid_nb.gallery import Gallery
+from reid_nb.parts.gallery import Gallery
 
 
 def start(command):

@@ -32,11 +32,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from reid_nb.backbones import build_backbone
+from reid_nb.parts.models import build_backbone
 from reid_nb.crop_store import CropDataset
 from reid_nb.moco import MoCo, pretrain, train_step
-from reid_nb.sessions import Run, Session
-from reid_nb.views import AUGMENTS, autocast, crop_batches, parse_size, pick_device
+from reid_nb.parts.training import Run, Session
+from reid_nb.parts.core import parse_size
+from reid_nb.parts.device import autocast, pick_device
+from reid_nb.parts.augment import AUGMENTS, crop_batches
 
 def our_step(args, device):
     model = MoCo(build_backbone(args.arch), K=16*args.batch, head_bn=False)

@@ -13,9 +13,10 @@ import numpy as np
 import onnxruntime
 import torch
 
-from reid_nb.benchmarks import read_benchmark, read_rgb
+from reid_nb.parts.core import read_rgb
+from reid_nb.parts.benchmarks import read_benchmark
 from reid_nb.evaluate import summarize
-from reid_nb.finetune import embed, load_model
+from reid_nb.parts.weights import embed, load_model
 
 def embed_peer(model, samples, batch=64):
     "Features of the ONNX peer: 256x128, RGB, ImageNet's statistics"

@@ -17,7 +17,8 @@ import warnings
 
 import numpy as np
 
-from reid_nb.benchmarks import PROTOCOLS, Benchmark, Sample, distances, labels, rank, rank_rows
+from reid_nb.parts.benchmarks import Benchmark, labels, PROTOCOLS, Sample
+from reid_nb.parts.metrics import distances, rank, rank_rows
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')

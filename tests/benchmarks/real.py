@@ -19,14 +19,17 @@ import matplotlib
 import numpy as np
 import torch
 
-from reid_nb.backbones import build_backbone
-from reid_nb.benchmarks import color_histogram, hold_out, rank, read_benchmark
+from reid_nb.parts.models import build_backbone
+from reid_nb.parts.benchmarks import hold_out, read_benchmark
+from reid_nb.parts.metrics import color_histogram, rank
 from reid_nb.crop_store import CropStore, pack
 from reid_nb.dataset import extract
 from reid_nb.evaluate import summarize
-from reid_nb.finetune import embed, load_model
-from reid_nb.moco import pretrain, validator
-from reid_nb.sessions import Run, load_checkpoint
+from reid_nb.parts.weights import embed, load_model
+from reid_nb.parts.training import validator
+from reid_nb.moco import pretrain
+from reid_nb.parts.weights import load_checkpoint
+from reid_nb.parts.training import Run
 
 def make_store(data, out, rest, tracks):
     "real_city's crops, and those of `rest` under numbers, a folder a camera"

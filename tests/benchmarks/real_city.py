@@ -16,12 +16,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from reid_nb.benchmarks import PROTOCOLS, Benchmark, read_benchmark, read_rgb
+from reid_nb.parts.core import read_rgb
+from reid_nb.parts.benchmarks import Benchmark, PROTOCOLS, read_benchmark
 from reid_nb.biometrics import explain, find_usable_tracks, identify
-from reid_nb.dataset import sha256
-from reid_nb.evaluate import operating_points
-from reid_nb.gallery import Gallery
-from reid_nb.people import Matcher, load_matcher, make_template
+from reid_nb.parts.core import sha256
+from reid_nb.parts.metrics import operating_points
+from reid_nb.parts.gallery import Gallery
+from reid_nb.parts.tracks import load_matcher, make_template, Matcher
 
 # frame, x, y of a point in the person's box
 ENROLLED = {'brown jacket': (0, 511, 189), 'black coat': (0, 664, 279), 'leather jacket, papers': (0, 267, 260),

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from reid_nb.biometrics import decide
-from reid_nb.gallery import Gallery, fold_name, utc_now
-from reid_nb.people import Matcher, Shot, Template, Track
+from reid_nb.parts.gallery import fold_name, Gallery, utc_now
+from reid_nb.parts.tracks import Matcher, Shot, Template, Track
 
 
 def fill(here, n, size):

@@ -21,8 +21,9 @@ import cv2
 import lmdb
 import numpy as np
 
-from reid_nb.crop_store import CropStore, Item, Source, close_readers, decode, pack
-from reid_nb.toy_city import build_toy
+from reid_nb.parts.core import decode
+from reid_nb.crop_store import close_readers, CropStore, Item, pack, Source
+from reid_nb.parts.toy_city import build_toy
 
 
 def make_records(n, height):

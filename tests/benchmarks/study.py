@@ -27,12 +27,14 @@ import numpy as np
 import torch
 from real import make_store
 
-from reid_nb.benchmarks import read_benchmark
-from reid_nb.evaluate import bootstrap
-from reid_nb.finetune import RECIPES, controls, print_controls, training_set
+from reid_nb.parts.benchmarks import read_benchmark
+from reid_nb.parts.metrics import bootstrap
+from reid_nb.finetune import controls, print_controls, RECIPES, training_set
 from reid_nb.moco import pretrain
-from reid_nb.sessions import Run, change_recipe, latest, load_checkpoint, plot_history
-from reid_nb.views import parse_size, pick_device
+from reid_nb.parts.weights import load_checkpoint
+from reid_nb.parts.training import change_recipe, latest, plot_history, Run
+from reid_nb.parts.core import parse_size
+from reid_nb.parts.device import pick_device
 
 matplotlib.use('agg')
 AGAIN = 'not finished, the same command goes on'

@@ -23,11 +23,12 @@ def child(task):
     "Prints the images a second of a task, median of its steps over 8 seconds."
     import numpy as np
     import torch
-    from reid_nb.backbones import build_backbone
-    from reid_nb.finetune import RECIPES, Trainer, embed
-    from reid_nb.heads import ReidModel
+    from reid_nb.parts.models import build_backbone
+    from reid_nb.parts.weights import embed
+    from reid_nb.finetune import RECIPES, Trainer
+    from reid_nb.parts.models import ReidModel
     from reid_nb.moco import MoCo, train_step
-    from reid_nb.views import to_input
+    from reid_nb.parts.device import to_input
     torch.manual_seed(0)
     cpu, about = torch.device('cpu'), dict(size=SIZE, mean=(.5, .5, .5), std=(.2, .2, .2))
     pixels = np.random.default_rng(0).integers(0, 255, (BATCH, *SIZE, 3), np.uint8)

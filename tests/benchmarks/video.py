@@ -19,8 +19,9 @@ import av
 import cv2
 import numpy as np
 
-from reid_nb.dataset import cut_people, encode_jpeg
-from reid_nb.detections import Dets
+from reid_nb.parts.core import encode_jpeg
+from reid_nb.dataset import cut_people
+from reid_nb.parts.detections import Dets
 
 H, W, PEOPLE = 720, 1280, 3
 

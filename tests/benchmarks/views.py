@@ -25,7 +25,9 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as T
 
 from reid_nb.crop_store import CropDataset
-from reid_nb.views import AUGMENTS, Augment, ViewPairs, pack_pairs, parse_size, render_pairs, to_input
+from reid_nb.parts.core import parse_size
+from reid_nb.parts.device import to_input
+from reid_nb.parts.augment import Augment, AUGMENTS, pack_pairs, render_pairs, ViewPairs
 
 MEAN, STD = (.3525, .3106, .3140), (.2660, .2522, .2505)
 
