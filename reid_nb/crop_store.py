@@ -11,7 +11,7 @@ __all__ = ['MAX_KEY', 'KEY_PATTERNS', 'Item', 'PICTURE_ENDINGS', 'STORE_SCHEMA',
            'lmdb_source', 'shard_source', 'check_pages', 'verify_store', 'count_store', 'sample_sheet', 'export_crops',
            'reid_pack']
 
-# %% ../nbs/02_lmdb.ipynb #9faa9126
+# %% ../nbs/02_lmdb.ipynb #b5095a65
 import hashlib, json, os, re, shutil, threading, warnings, weakref, zlib
 from array import array
 from collections import Counter, namedtuple
@@ -120,7 +120,7 @@ def folder_source(
     digest = hashlib.sha256(b'\0'.join(key for key, _ in listed)).hexdigest()
     return Source(digest, len(listed), items)
 
-# %% ../nbs/02_lmdb.ipynb #ed5c898f
+# %% ../nbs/02_lmdb.ipynb #66e49810
 def measure_item(
     item:Item, # With `data`, or left out already
 )->Item: # `data` JPEG bytes; `measures` height, width, mean[3], std[3] of RGB from 0 to 1; or `why` not
@@ -232,6 +232,7 @@ def open_reader(
     with _opening:
         env = _opened.get((about.st_dev, about.st_ino))
         if env is None:
+            close_readers(path)                  # another file may have been here before
             room = 2*about.st_size + (1 << 30)   # it may grow meanwhile
             env = open_lmdb(os.path.realpath(path), readonly=True, lock=False, map_size=room)
             _opened[about.st_dev, about.st_ino] = env
@@ -356,7 +357,7 @@ class CropStore:
     def __reduce__(self): return CropStore, (self.paths,)
 
     def __getitem__(self, i):
-        try: jpeg = self._gets[self._file[i]](self.keys[i])
+        try: jpeg = self._gets[self._file[i]](self.keys.item(i))
         except lmdb.Error: jpeg = self._read_again(i)
         if jpeg is None: raise BadInput(f'{self.paths[self._file[i]]}: {self.keys[i]} is not in it any more')
         return jpeg
@@ -445,7 +446,7 @@ def find_begun(
     if store.exists() and (store.is_dir() or store.stat().st_size):
         with open_reader(store).begin() as txn: blank = not txn.stat()['entries']
         if not blank: state = read_shard(store).state
-        close_readers(store)    # to write, LMDB must open it in another way
+    close_readers(store)    # to write, LMDB must open it in another way, or make it anew
     if state.begun != begun:
         raise BadInput(f'{store}: was begun with other pictures: delete it, or name another file')
     return state

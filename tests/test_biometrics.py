@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reid_nb import biometrics as bio
-from reid_nb.parts import gallery as gallery_
+from reid_nb.parts import gallery as gal
 from reid_nb.parts import tracks as ppl
 from reid_nb.parts.core import read_rgb
 from reid_nb.parts.core import BadInput
@@ -74,7 +74,7 @@ def files(root):
 
 def consistent(root):
     "Opens a gallery; database and folders say the same. Returns the names."
-    here = gallery_.Gallery(root)
+    here = gal.Gallery(root)
     known = sorted(f for n in here.names() for f in here.samples(n)[0])
     assert crops(root) == known and files(root) == sorted(['gallery.sqlite', *known])
     return here.names()
@@ -95,7 +95,7 @@ def test_only_the_claimed_identity_counts(films, tmp_path):
     claim = bio.verify('Blue', films['again'], tmp_path/'g', MATCHER)
     assert claim.answer == 'no match' and [n for n, _ in claim.decisions[0].ranking] == ['Blue']
     assert claim.decisions[0].pair['crop'].startswith('Blue/')
-    gallery_.Gallery(tmp_path/'g').erase('Red')
+    gal.Gallery(tmp_path/'g').erase('Red')
     alone = bio.verify('Blue', films['again'], tmp_path/'g', MATCHER)
     assert alone.decisions[0].score == claim.decisions[0].score
     assert bio.verify('blue', films['blue'], tmp_path/'g', MATCHER).answer == 'match'
@@ -114,7 +114,7 @@ def test_people_are_never_mixed_under_one_name(films, tmp_path):
     tracks = ppl.find_tracks(films['both'])
     blue = next(t.number for t in tracks if colours([s.crop for s in t.shots]).mean(0).argmax() == 2)
     bio.enroll('Blue', films['both'], tmp_path/'g', MATCHER, track=blue)
-    features = gallery_.Gallery(tmp_path/'g').samples('Blue')[1]
+    features = gal.Gallery(tmp_path/'g').samples('Blue')[1]
     assert (features.argmax(1) == 2).all()
     with pytest.raises(BadInput, match='no such number'):
         bio.enroll('Blue', films['both'], tmp_path/'g', MATCHER, track=9)
@@ -175,12 +175,12 @@ def test_the_score_is_the_mean_over_pairs():
 @settings(max_examples=500, deadline=None)
 def test_names_never_leave_the_gallery(name):
     root = Path('/gallery')
-    try: clean = gallery_.clean_name(name)
+    try: clean = gal.clean_name(name)
     except BadInput as e:
         assert str(e).isascii()   # the complaint can be printed anywhere
         return
     path = Path(os.path.normpath(root/clean))
-    assert path.parent == root and path.name == clean and clean == gallery_.clean_name(clean)
+    assert path.parent == root and path.name == clean and clean == gal.clean_name(clean)
     assert len(clean.encode()) < 255 and not clean.startswith(('.', 'gallery.sqlite'))
     assert clean.replace('\u200c', '').replace('\u200d', '').isprintable()
 
@@ -197,13 +197,13 @@ WORLD = ['Ada Lovelace', "D'Arcy-Ó Néill", '王小明', 'مریم', 'नेह
 
 @pytest.mark.parametrize('name', WORLD, ids=ascii)
 def test_names_of_the_world_are_welcome(tmp_path, name):
-    here = gallery_.Gallery(tmp_path/'g', MATCHER, create=True)
+    here = gal.Gallery(tmp_path/'g', MATCHER, create=True)
     done = here.add(name, template())
     assert consistent(tmp_path/'g') == [done['name']] and here.find(name)
     assert here.erase(name)['left'] == [] and files(tmp_path) == ['g/gallery.sqlite']
 
 def test_links_and_files_in_the_way_are_refused(tmp_path):
-    here = gallery_.Gallery(tmp_path/'g', MATCHER, create=True)
+    here = gal.Gallery(tmp_path/'g', MATCHER, create=True)
     (tmp_path/'elsewhere').mkdir()
     (tmp_path/'g'/'Eve').symlink_to(tmp_path/'elsewhere')
     (tmp_path/'g'/'Mal').write_text('mine')
@@ -218,7 +218,7 @@ def test_erasing_leaves_nothing_and_says_so(films, tmp_path):
     bio.enroll('Red', films['red'], root, MATCHER, consent='signed by Red on paper')
     bio.enroll('Blue', films['blue'], root, MATCHER)
     bio.verify('Red', films['red'], root, MATCHER)
-    here = gallery_.Gallery(root)
+    here = gal.Gallery(root)
     (root/'Red'/'notes.txt').write_text('not ours')
     n, feature = len(here.samples('Red')[0]), here.templates('Red')[1][0].tobytes()
     assert feature in (root/'gallery.sqlite').read_bytes()
@@ -246,7 +246,7 @@ def test_what_is_no_gallery_is_left_alone(films, tmp_path):
     (tmp_path/'g').mkdir()
     (tmp_path/'g'/'gallery.sqlite').write_text('hello '*500)
     for make in (False, True):
-        with pytest.raises(BadInput, match='cannot be used'): gallery_.Gallery(tmp_path/'g', MATCHER, create=make)
+        with pytest.raises(BadInput, match='cannot be used'): gal.Gallery(tmp_path/'g', MATCHER, create=make)
     assert (tmp_path/'g'/'gallery.sqlite').read_text() == 'hello '*500
 
 KILL = """
@@ -261,10 +261,10 @@ def after(n, f):
         n -= 1
         return die() if n < 0 else f(*args)
     return g
-if sys.argv[3] == 'crop': core.write_jpeg = after(int(sys.argv[4]), core.write_jpeg)
-if sys.argv[3] == 'log': gallery_.log_event = die
-if sys.argv[3] == 'commit': gallery_.GalleryStore.settle = after(1, gallery_.GalleryStore.settle)
-here = gallery_.Gallery(sys.argv[2], t.MATCHER, create=True)
+if sys.argv[3] == 'crop': gal.write_jpeg = after(int(sys.argv[4]), gal.write_jpeg)
+if sys.argv[3] == 'log': gal.log_event = die
+if sys.argv[3] == 'commit': gal.GalleryStore.settle = after(1, gal.GalleryStore.settle)
+here = gal.Gallery(sys.argv[2], t.MATCHER, create=True)
 here.erase('Ada') if sys.argv[5] == 'erase' else here.add('Ada', t.template(t.BLUE))
 """
 
@@ -272,7 +272,7 @@ here.erase('Ada') if sys.argv[5] == 'erase' else here.add('Ada', t.template(t.BL
     ('crop', 0, 'add'), ('crop', 3, 'add'), ('log', 0, 'add'), ('commit', 0, 'add'),
     ('log', 0, 'erase'), ('commit', 0, 'erase')])
 def test_kill_leaves_all_or_nothing(tmp_path, where, n, what):
-    here = gallery_.Gallery(tmp_path/'g', MATCHER, create=True)
+    here = gal.Gallery(tmp_path/'g', MATCHER, create=True)
     here.add('Bob', template())
     if what == 'erase': here.add('Ada', template(BLUE))
     args = [sys.executable, '-c', KILL, Path(__file__).parent, tmp_path/'g', where, n, what]
@@ -288,9 +288,9 @@ sys.path.insert(0, sys.argv[1])
 import test_biometrics as t
 from reid_nb.parts import gallery as gal
 for i in range(12):
-    gallery_.Gallery(sys.argv[2], t.MATCHER, create=True).add(f'{sys.argv[3]} {i % 3}', t.template())
-    gallery_.Gallery(sys.argv[2], t.MATCHER, create=True).add('Both', t.template(t.BLUE))
-    if i % 3 == 2: gallery_.Gallery(sys.argv[2]).erase(f'{sys.argv[3]} 1')
+    gal.Gallery(sys.argv[2], t.MATCHER, create=True).add(f'{sys.argv[3]} {i % 3}', t.template())
+    gal.Gallery(sys.argv[2], t.MATCHER, create=True).add('Both', t.template(t.BLUE))
+    if i % 3 == 2: gal.Gallery(sys.argv[2]).erase(f'{sys.argv[3]} 1')
 """
 
 def test_two_processes_at_once(tmp_path):
@@ -298,7 +298,7 @@ def test_two_processes_at_once(tmp_path):
     both = [subprocess.Popen([*args, who]) for who in 'AB']
     assert [p.wait(300) for p in both] == [0, 0]
     assert consistent(tmp_path/'g') == ['A 0', 'A 2', 'B 0', 'B 2', 'Both']
-    here = gallery_.Gallery(tmp_path/'g')
+    here = gal.Gallery(tmp_path/'g')
     assert len(here.templates('Both')[0]) == 24 and len(here.templates('A 0')[0]) == 4
     assert sum(e == 'erased' for _, e, _, _ in here.store.history()) == 8
 
@@ -312,10 +312,10 @@ def test_a_full_disk_stores_nothing(films, tiny_disk):
     assert files(tiny_disk) == before and consistent(tiny_disk/'g') == ['Red']
 
 def test_the_log_only_grows(tmp_path):
-    here = gallery_.Gallery(tmp_path/'g', MATCHER, create=True)
+    here = gal.Gallery(tmp_path/'g', MATCHER, create=True)
     here.add('Ada', template())
     for query in ('DELETE FROM log', "UPDATE log SET event = ''"):
-        with pytest.raises(gallery_.sqlite3.IntegrityError, match='only grows'):
+        with pytest.raises(gal.sqlite3.IntegrityError, match='only grows'):
             with here.store.writing() as db: db.execute(query)
     assert len(here.store.history()) == 1
 

@@ -12,6 +12,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import cv2
 import lmdb
@@ -724,3 +725,15 @@ def test_two_packers_at_once(crops, store, tmp_path):
     with pytest.raises(BadInput, match='another reid_pack is at it'): pack(crops, path)
     child.join()
     assert child.exitcode == 0 and CropStore(path).digest == store.digest and os.listdir(tmp_path) == ['a.lmdb']
+
+@pytest.mark.parametrize('copied', [False, True])
+def test_a_file_in_the_place_of_another(crops, store, tmp_path, copied):
+    "A store is replaced while an object of the old one lives, and LMDB's lock file stays: both read what is there now."
+    path = tmp_path/'c.lmdb'
+    shutil.copy(store.path, path)
+    Path(f'{path}-lock').touch()     # as a killed packer leaves it
+    old = cs.CropStore(path)
+    path.unlink()
+    if copied: shutil.copy(store.path, path)
+    new = cs.CropStore(path) if copied else pack(crops, path)
+    assert new.digest == old.digest and new[7] == old[7]

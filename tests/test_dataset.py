@@ -17,9 +17,9 @@ import cv2
 import numpy as np
 import pytest
 
+from reid_nb.parts import download
 from reid_nb.parts import detect
 from reid_nb.parts import core
-from reid_nb.parts import download
 from reid_nb import dataset as dataset_
 from reid_nb.parts.detections import read_dets, safe_load
 from reid_nb.parts.core import BadInput

@@ -57,7 +57,7 @@ def test_a_session_keeps_its_precision(tmp_path, monkeypatch, caplog):
     for has, asked, want in ((True, None, 'bf16'), (True, 'fp32', 'fp32'), (True, None, 'fp32'), (False, None, 'fp32'),
                              (False, 'bf16', 'bf16'), (False, None, 'fp32')):
         monkeypatch.setattr('reid_nb.parts.device.has_bf16', lambda device: has)
-        monkeypatch.setattr('reid_nb.parts.device.has_bf16', lambda device: has)
+        monkeypatch.setattr('reid_nb.parts.training.has_bf16', lambda device: has)
         caplog.clear()
         s = Session(tmp_path, 'toy', {}, Run(precision=asked))
         assert s.choose_precision(cpu) == want

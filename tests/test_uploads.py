@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_biometrics import HOSTILE, MATCHER, RED, WORLD, consistent, film
 from test_demo import images, kind
 
-from reid_nb import biometrics as biometrics_
+from reid_nb import biometrics as bio
 from reid_nb.parts import film as film_
 from reid_nb import demo
 from reid_nb.parts.core import BadInput
@@ -96,8 +96,8 @@ def test_uneven_times(backend, tmp_path):
     "Variable frame rate: times are those of the packets, in the answer and in the film"
     times = np.cumsum(np.where(np.arange(40) < 20, .08, .4))
     uneven = film(tmp_path/'uneven.mp4', (RED, 3, 6, 60), n=40, times=times)
-    biometrics_.enroll('Red', uneven, tmp_path/'g', MATCHER)
-    (a, b, s, t), = biometrics_.identify(uneven, tmp_path/'g', MATCHER, film=tmp_path/'film.mp4').decisions[0].seen
+    bio.enroll('Red', uneven, tmp_path/'g', MATCHER)
+    (a, b, s, t), = bio.identify(uneven, tmp_path/'g', MATCHER, film=tmp_path/'film.mp4').decisions[0].seen
     assert b == 39 and abs(s - (times[a] - times[0])) < .02 and abs(t - (times[39] - times[0])) < .02
     assert np.abs(frame_times(tmp_path/'film.mp4') - (times - times[0])).max() < .01
 
@@ -120,8 +120,8 @@ def test_held_upright(backend, tmp_path, clip):
     (tmp_path/'phone.mp4').write_bytes(raw)
     straight, phone = (find_tracks(p)[0].seen for p in (clip, tmp_path/'phone.mp4'))
     assert len(phone) == len(straight) and np.abs(np.array([b for _, b in phone]) - [b for _, b in straight]).max() < 9
-    biometrics_.enroll('Red', tmp_path/'phone.mp4', tmp_path/'g', MATCHER)
-    biometrics_.identify(tmp_path/'phone.mp4', tmp_path/'g', MATCHER, film=tmp_path/'film.mp4')
+    bio.enroll('Red', tmp_path/'phone.mp4', tmp_path/'g', MATCHER)
+    bio.identify(tmp_path/'phone.mp4', tmp_path/'g', MATCHER, film=tmp_path/'film.mp4')
     assert next(read_frames(tmp_path/'film.mp4'))[1].shape == (240, 400, 3)
 
 ODD = {'yuv444p': ('libx264', 'mp4'), 'yuv420p10le': ('libx264', 'mp4'), 'gray': ('libx264', 'mp4'),

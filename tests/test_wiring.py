@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from reid_nb import finetune as finetuning
-from reid_nb import moco as moco_
 from reid_nb.parts import models
+from reid_nb import moco as moco_
 from reid_nb.parts.align import apply_fit, choose_fit, score_offsets
 from reid_nb.parts.models import IBN
 from reid_nb.biometrics import decide
