@@ -351,22 +351,36 @@ class CropStore:
         self._file = array('I', np.repeat(np.arange(len(rows), dtype=np.uint32), [len(r) for r in rows]).tobytes())
         self._begin()
 
-    def _begin(self): self._gets = [begin_reading(p).get for p in self.paths]
+    def _begin(self):
+        self._by_key = [begin_reading(p).get for p in self.paths]
+        self._gets = [self._by_key[k] for k in self._file]     # one a picture
 
     def __len__(self): return len(self.rows)
     def __reduce__(self): return CropStore, (self.paths,)
 
     def __getitem__(self, i):
-        try: jpeg = self._gets[self._file[i]](self.keys.item(i))
+        try: jpeg = self._gets[i](self.keys.item(i))
         except lmdb.Error: jpeg = self._read_again(i)
         if jpeg is None: raise BadInput(f'{self.paths[self._file[i]]}: {self.keys[i]} is not in it any more')
         return jpeg
+
+    def get(self, key):
+        "The JPEG under a key (bytes), or None"
+        for again in False, True:
+            try:
+                for get in self._by_key:
+                    jpeg = get(key)
+                    if jpeg is not None: return jpeg
+                return None
+            except lmdb.Error:
+                if again: raise
+                self._begin()     # this process has packed into the file
 
     def _read_again(self, i):
         "Read after this process has packed into the file; raises `BadInput` for damage."
         try:
             self._begin()
-            return self._gets[self._file[i]](self.keys[i])
+            return self._gets[i](self.keys[i])
         except lmdb.Error as e:
             raise BadInput(f'{self.paths[self._file[i]]}: {self.keys[i]} cannot be read: {e}') from None
 

@@ -737,3 +737,6 @@ def test_a_file_in_the_place_of_another(crops, store, tmp_path, copied):
     if copied: shutil.copy(store.path, path)
     new = cs.CropStore(path) if copied else pack(crops, path)
     assert new.digest == old.digest and new[7] == old[7]
+
+def test_by_key(store):
+    assert store.get(bytes(store.keys[7])) == store[7] and store.get(b'nobody') is None

@@ -123,8 +123,8 @@ FAULTS = [
     ('parts/align', 'if gain.mean() <= 2*gain.std()', 'if gain.mean() <= 200*gain.std()', WIRING + ' -k alignment'),
     # Store
     ('parts/core', 'cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)', 'bgr', WIRING + ' -k red'),
-    ('crop_store', 'try: jpeg = self._gets[self._file[i]](self.keys[i])',
-     'try: jpeg = self._gets[self._file[i]](self.keys[i-1])', 'tests/test_crop_store.py -k inside'),
+    ('crop_store', 'try: jpeg = self._gets[i](self.keys.item(i))',
+     'try: jpeg = self._gets[i](self.keys.item(i-1))', 'tests/test_crop_store.py -k inside'),
     ('crop_store', 'zlib.crc32(jpeg) == crc and ', 'True and ', 'tests/test_crop_store.py -k changed_byte'),
     ('crop_store', 'return_inverse=True)[1] - (ids < 0).any()', 'return_inverse=True)[1]', WIRING + ' -k no_name'),
     ('crop_store', "square = (std**2 + mean**2).mean(0) - mean.mean(0)**2", 'square = (std**2).mean(0)',

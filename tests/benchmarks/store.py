@@ -70,12 +70,14 @@ def readers(root, records):
         for i in order: txn.get(keys[i])
     def ours(order):
         for i in order: store[i]
+    def by_key(order):
+        for i in order: store.get(keys[i])
     def raw_decoded(order):
         for i in order: decode(txn.get(keys[i]))
     def ours_decoded(order):
         for i in order: decode(store[i])
     reads = {'raw get': raw, 'ours': ours}
-    return {'random reads': reads | {'LUPerson': luperson, 'folder': folder},
+    return {'random reads': reads | {'ours, by key': by_key, 'LUPerson': luperson, 'folder': folder},
             'read and decode': {'raw get': raw_decoded, 'ours': ours_decoded}, 'reads in order': reads}
 
 def open_raw(root):
