@@ -740,3 +740,5 @@ def test_a_file_in_the_place_of_another(crops, store, tmp_path, copied):
 
 def test_by_key(store):
     assert store.get(bytes(store.keys[7])) == store[7] and store.get(b'nobody') is None
+    cs.close_readers(store.path)     # as packing does
+    assert store.get(bytes(store.keys[7])) == store[7]
