@@ -4,31 +4,50 @@
 
 # %% auto #0
 __all__ = ['ANSWER_KINDS', 'MAX_FRAMES', 'MAX_MINUTES', 'MAX_PIXELS', 'MAX_MB', 'FORMATS', 'MAX_VISITORS', 'Reply', 'CONSENT',
-           'PRIVATE', 'reid_demo', 'figure_row', 'person_icon', 'answer_box', 'confine', 'query_crops', 'clear_query',
-           'write_query', 'check_clip', 'check_range', 'Cancelled', 'Busy', 'no_progress', 'VisitorQueue',
-           'serve_in_turn', 'captioned_crops', 'GalleryBackend', 'ask_who', 'show_outcome', 'DemoBackend',
-           'reply_updates', 'connect_buttons', 'clip_inputs', 'slider_updates', 'submit_buttons', 'answer_column',
-           'rate_input', 'enrollment_tab', 'verification_tab', 'identification_tab', 'merged_names', 'gallery_tab',
-           'build_demo', 'read_login', 'serve_demo', 'demo']
+           'PRIVATE', 'FONTS', 'COLOURS', 'reid_demo', 'no_proxies', 'figure_row', 'person_icon', 'answer_box',
+           'confine', 'query_crops', 'clear_query', 'write_query', 'check_clip', 'check_range', 'Cancelled', 'Busy',
+           'no_progress', 'VisitorQueue', 'complaint', 'say_errors', 'serve_in_turn', 'captioned_crops',
+           'GalleryBackend', 'ask_who', 'show_outcome', 'DemoBackend', 'reply_updates', 'connect_buttons',
+           'clip_inputs', 'slider_updates', 'submit_buttons', 'answer_column', 'rate_input', 'enrollment_tab',
+           'verification_tab', 'identification_tab', 'merged_names', 'gallery_tab', 'build_demo', 'read_login',
+           'notebook_names', 'host_of', 'OwnPagesOnly', 'launch', 'serve_demo', 'demo']
 
 # %% ../nbs/08_demo.ipynb #ea419c15
-import base64, hmac, html, ipaddress, os, re, sqlite3, tempfile, threading
+import base64, hmac, html, ipaddress, os, re, sqlite3, sys, tempfile, threading, traceback
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import av
-import gradio as gr
 import numpy as np
+from starlette.middleware import Middleware
 
-from .biometrics import enroll, evidence, explain, identify, SeveralPeople
-from .parts.core import BadInput, command, encode_jpeg, read_rgb, write_jpeg
+from .biometrics import enroll, evidence, explain, identify, same_person, SeveralPeople
+from .parts.core import BadInput, command, encode_jpeg, HOST, write_jpeg
 from .parts.film import draw_film, LABEL_GREY
-from .parts.gallery import Gallery
+from .parts.gallery import Gallery, read_crop
 from .parts.toy_city import build_toy
 from .parts.tracks import describe, frame_times, load_matcher, visible_intervals
+
+# %% ../nbs/08_demo.ipynb #3068ea59
+@contextmanager
+def no_proxies(
+    outside:bool=False, # Is something outside to be reached as well? Then they stay, for all but this machine
+):
+    "Reach this machine without the proxies of the environment."
+    kept = {k: v for k, v in os.environ.items() if k.lower().endswith('_proxy')}
+    for k in kept if not outside else (): del os.environ[k]
+    os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1,localhost,::1'
+    try: yield
+    finally:
+        del os.environ['NO_PROXY'], os.environ['no_proxy']
+        os.environ.update(kept)
+
+with no_proxies(): import gradio as gr
 
 # %% ../nbs/08_demo.ipynb #e1e9c8ad
 def figure_row(
@@ -86,7 +105,7 @@ def confine(
     try: full = (root/str(path).strip()).resolve()
     except (OSError, ValueError): full = root   # a NUL, a loop of links
     if root not in full.parents or len(full.name.encode(errors='replace')) > 200:
-        raise BadInput(f'{ascii(str(path))[1:41]}: choose a folder below {root.name}/')
+        raise BadInput(f'{ascii(str(path)[:40])}: choose a folder below {root.name}/')
     return full
 
 # %% ../nbs/08_demo.ipynb #e7a9348e
@@ -124,6 +143,8 @@ def check_clip(
 )->int: # How many frames it has; raises `BadInput` for no clip, a broken one, one that is too large
     "Check the type, size and length of a clip."
     if not video: raise BadInput('no video yet: upload a clip first')
+    if not os.path.isfile(video):
+        raise BadInput('the clip is no longer here (what is uploaded is kept for an hour): upload it again')
     if os.path.getsize(video) > MAX_MB*1_000_000: raise BadInput(f'{video}: more than {MAX_MB} MB')
     try:
         with av.open(str(video), options=dict(format_whitelist=FORMATS)) as f:
@@ -176,6 +197,22 @@ class VisitorQueue:
 Reply = namedtuple('Reply', 'html film people', defaults=[None, ()])
 Reply.__doc__ = "An answer (HTML), a film (path or None), and the numbers of the people to choose from."
 
+def complaint(e):
+    "Put an exception into one line; what nobody foresaw goes to standard error in full."
+    if isinstance(e, (BadInput, OSError, sqlite3.Error)): return str(e)
+    traceback.print_exception(e)
+    return f'a fault of this page, {type(e).__name__}: {e}'
+
+def say_errors(
+    f, # Function that fills lists or pictures of the page
+): # `f`, whose complaints are shown in a corner of the page
+    "Show why something cannot be shown."
+    @wraps(f)
+    def _f(*args):
+        try: return f(*args)
+        except Exception as e: raise gr.Error(complaint(e), print_exception=False) from None
+    return _f
+
 def serve_in_turn(
     f, # Method that returns a `Reply`; its first argument is a clip or a name, its last `progress`
 ): # A method that always returns a `Reply`
@@ -186,7 +223,7 @@ def serve_in_turn(
             with self.queue.turn(progress): return f(self, what, *args, progress=progress)
         except Cancelled: return Reply(answer_box('stop', 'Nothing has been stored.'))
         except Busy: return Reply(answer_box('busy', 'Many visitors at once: please try again in a minute.'))
-        except (BadInput, OSError, sqlite3.Error) as e: text = str(e)
+        except Exception as e: text = complaint(e)
         for folder in Path(what or '').parent, self.root:
             text = text.replace(f'{folder}{os.sep}', '')
         return Reply(answer_box('error', text))
@@ -197,7 +234,7 @@ def captioned_crops(
     files, # Paths of crops below it
 )->list: # Of (uint8[h,w,3] RGB, caption)
     "Read crops, with their frames as captions."
-    return [(read_rgb(Path(gallery)/f), f'frame {int(Path(f).stem[:8])}') for f in files]
+    return [(read_crop(gallery, f), f'frame {int(Path(f).stem[:8])}') for f in files]
 
 # %% ../nbs/08_demo.ipynb #973c8d22
 class GalleryBackend:
@@ -309,7 +346,7 @@ def show_outcome(outcome, gallery, film):
     kind = {'match': 'good', 'no match': 'bad', 'inconclusive': 'ask'}[outcome.answer]
     pairs = [(evidence(d, gallery), f'person {d.track} and {d.ranking[0][0]}: {d.answer}')
              for d in outcome.decisions]
-    return Reply(answer_box(kind, f'{head[0].upper()}{head[1:]}.', lines, pairs), film)
+    return Reply(answer_box(kind, f'{head[0].upper()}{head[1:]}.', lines + outcome.notes, pairs), film)
 
 # %% ../nbs/08_demo.ipynb #fdd48f38
 class DemoBackend(GalleryBackend):
@@ -336,7 +373,7 @@ class DemoBackend(GalleryBackend):
         try: done = enroll(name or '', video, self.gallery, self.matcher, start, stop,
                            self.weights, person or None, CONSENT, progress)
         except SeveralPeople as e: return ask_who(video, e.tracks, self.new_film(), start, stop, progress)
-        lines = [f'{len(done["crops"])} crops added', f'templates in all: {done["templates"]}']
+        lines = [f'{len(done["crops"])} crops added', f'templates in all: {done["templates"]}', *same_person(done)]
         return Reply(answer_box('good', f'Completed: {done["name"]} is enrolled.', lines,
                                 captioned_crops(self.gallery, done['crops'])))
 
@@ -373,7 +410,8 @@ class DemoBackend(GalleryBackend):
         if query.exists(): clear_query(query)
         (start, stop), film, self.query = check_range(video, first, last), self.new_film(), query
         got = identify(video, there, self.matcher, start, stop, self.weights, float(fmr), film, progress)
-        write_query(query, got.decisions)
+        try: write_query(query, got.decisions)
+        except OSError as e: got.notes.append(f'the crops of this clip are not in {query.name}: {e.strerror}')
         return show_outcome(got, there, film)
 
 # %% ../nbs/08_demo.ipynb #39596b42
@@ -480,7 +518,7 @@ def verification_tab(backend, examples):
             fmr, press = rate_input(backend), submit_buttons()
         out = answer_column()
     clip[0].change(slider_updates, clip[0], [*clip[1:], out[0]], **PRIVATE)
-    claimed.change(backend.show_samples, claimed, samples, api_name='samples')
+    claimed.change(say_errors(backend.show_samples), claimed, samples, api_name='samples')
     connect_buttons(backend, press, backend.verify_clip, [*clip, claimed, fmr], out, 'verify')
     return tab, claimed
 
@@ -524,7 +562,8 @@ def gallery_tab(backend):
         names, people = backend.names(), backend.people()
         rows = [[p['name'], ', '.join(p['merged']), p['templates'], p['crops'], p['since'][:10]] for p in people]
         return gr.Radio(names), gr.Dropdown(names), gr.Dropdown(merged_names(people)), rows, backend.log_rows()
-    lists = dict(fn=read_lists, outputs=[chosen, into, out_of, table, log], show_progress='hidden', **PRIVATE)
+    outputs = [chosen, into, out_of, table, log]
+    lists = dict(fn=say_errors(read_lists), outputs=outputs, show_progress='hidden', **PRIVATE)
     # A field in a closed accordion is not there yet. What is sent to it is kept, and comes when the accordion has been
     # opened: after the first words that somebody types there. So only what is full is emptied.
     fields = [chosen, into, out_of, to, sure]
@@ -533,7 +572,7 @@ def gallery_tab(backend):
     tab.select(**empty)
     tab.select(None, None, out, js="() => ''", **PRIVATE)
     tab.select(**lists)
-    chosen.input(lambda name: backend.show_samples(name, 1000), chosen, out, **PRIVATE)
+    chosen.input(say_errors(lambda name: backend.show_samples(name, 1000)), chosen, out, **PRIVATE)
     for button, f, inputs, name in ((rename, backend.rename, [chosen, to], 'rename'),
                                     (merge, backend.merge, [chosen, into], 'merge'),
                                     (unmerge, backend.unmerge, [out_of], 'unmerge'),
@@ -563,7 +602,7 @@ def build_demo(
             names, merged = backend.names(), merged_names(backend.people())
             return gr.Radio(names), gr.Radio(names), gr.Dropdown(names), gr.Dropdown(merged)
         tab.select(None, None, claimed, js='() => null', **PRIVATE)
-        tab.select(people, None, [claimed, chosen, into, out_of], show_progress='hidden', api_name='people')
+        tab.select(say_errors(people), None, [claimed, chosen, into, out_of], show_progress='hidden', api_name='people')
     return app.queue()
 
 # %% ../nbs/08_demo.ipynb #95ee8082
@@ -579,6 +618,78 @@ def read_login(
         raise BadInput(f'{path}: write a line user:password for each')
     return pairs
 
+# %% ../nbs/08_demo.ipynb #326973bc
+def notebook_names():
+    "Names under which Colab and Jupyter show a page that is started in a notebook; '.x' stands for all below x."
+    names = {'.googleusercontent.com', '.colab.dev'} if 'google.colab' in sys.modules else set()
+    if 'JPY_SESSION_NAME' not in os.environ: return names
+    addresses = [os.environ.get('JUPYTERHUB_PUBLIC_URL')]
+    if find_spec('jupyter_server'):     # the kernel may live in another environment than the server
+        from jupyter_server.serverapp import list_running_servers
+        addresses += [s['url'] for s in list_running_servers()]
+    return names | {urlsplit(a).hostname for a in addresses if a}
+
+def host_of(
+    address:str, # 'localhost:7860', 'http://[::1]:7860'
+)->str: # Its name or number, in small letters; '' where there is none
+    "Read the name in a header."
+    try: return urlsplit(address if '//' in address else f'//{address}').hostname or ''
+    except ValueError: return ''
+
+# %% ../nbs/08_demo.ipynb #6b6ce3f2
+class OwnPagesOnly:
+    "ASGI middleware: serves only the right names, and answers only the page itself."
+    def __init__(self,
+        app, # ASGI app
+        names, # Function that returns other names of the page, such as a proxy's; '.x' stands for all below x
+        hosts=(), # Names of this machine, beside the usual ones
+        numbers:bool=False, # Serve every address that is a number: nobody can point it elsewhere
+    ):
+        self.app, self.names, self.numbers = app, names, numbers
+        self.hosts = {'127.0.0.1', 'localhost', '::1', *hosts}
+
+    def is_here(self, name):
+        return name in self.hosts or self.numbers and (':' in name or name.replace('.', '').isdigit())
+
+    def is_proxy(self, name):
+        return not self.is_here(name) and any(name == n or n[:1] == '.' and name.endswith(n) for n in self.names())
+
+    def refuse(self, headers):
+        "Say why a request is refused, or ''."
+        host, origin = headers.get('host', ''), headers.get('origin')
+        name = host_of(host)
+        if '@' in host or not name or not (self.is_here(name) or self.is_proxy(name)):
+            return f'This page is not served as {ascii(host[:60])}. If it should be: reid_demo --names NAME'
+        if origin is None or origin.lower() in (f'http://{host}'.lower(), f'https://{host}'.lower()): return ''
+        if self.is_proxy(host_of(origin)): return ''     # a proxy may write its own Host
+        return f'{ascii(origin[:60])} is another page: it may ask nothing here.'
+
+    async def __call__(self, scope, receive, send):
+        if scope['type'] == 'lifespan': return await self.app(scope, receive, send)
+        why = self.refuse({k.decode('latin-1').lower(): v.decode('latin-1') for k, v in scope['headers']})
+        if not why: return await self.app(scope, receive, send)
+        if scope['type'] == 'websocket': return await send(dict(type='websocket.close', code=1008))
+        await send(dict(type='http.response.start', status=403, headers=[(b'content-type', b'text/plain')]))
+        await send(dict(type='http.response.body', body=why.encode()))
+
+# %% ../nbs/08_demo.ipynb #c0517ae1
+FONTS = dict(font=['system-ui', 'sans-serif'], font_mono=['monospace'])   # none from outside
+COLOURS = dict(button_primary_background_fill='*primary_600', color_accent='*primary_600') | {
+    f'{k}_text_color': '*neutral_600' for k in ('block_label', 'block_title', 'block_info')}
+
+def launch(app, host, port, share, **kw):
+    "Launch the app; whatever goes wrong is one line."
+    theme = gr.themes.Default(primary_hue='blue', **FONTS).set(**COLOURS)
+    fixed = dict(footer_links=[], ssr_mode=False, mcp_server=False, max_file_size=f'{MAX_MB}mb', theme=theme)
+    try:
+        with no_proxies(outside=share):
+            return app.launch(server_name=host, server_port=port, share=share, **fixed, **kw)
+    except (OSError, OverflowError):
+        raise BadInput(f'{host}: port {port or "7860 and the next hundred"} cannot be used, perhaps it is taken: '
+                       'name another with --port') from None
+    except Exception as e:
+        raise BadInput(f'the page cannot be started: {type(e).__name__}: {" ".join(str(e).split())}') from e
+
 # %% ../nbs/08_demo.ipynb #6bd72785
 def serve_demo(
     app, # From `build_demo`
@@ -586,21 +697,24 @@ def serve_demo(
     host:str='127.0.0.1', # Address to listen at; others than this machine's want a login
     share:bool=False, # A public link through Gradio's servers; wants a login
     login:list=None, # From `read_login`
+    names=(), # Other names under which the page is reached, such as a proxy's
     **kw, # For Gradio's `launch`
-): # What `launch` returns; raises `BadInput`, and `OSError` where the port is taken
+): # What `launch` returns; raises `BadInput` where the page cannot be started
     "Start the app, for this machine only unless told."
+    host = host.strip('[]')
     try: local = ipaddress.ip_address(host).is_loopback
     except ValueError: local = host == 'localhost'
     if (share or not local) and not login:
         raise BadInput('others could see the gallery: name a file with user:password as --login')
     def allowed(user, password):
         return any(hmac.compare_digest(f'{user}:{password}'.encode(), ':'.join(p).encode()) for p in login)
-    fonts = dict(font=['system-ui', 'sans-serif'], font_mono=['monospace'])   # none from outside
-    dark = {'button_primary_background_fill': '*primary_600', 'color_accent': '*primary_600'}
-    dark |= {f'{k}_text_color': '*neutral_600' for k in ('block_label', 'block_title', 'block_info')}
-    return app.launch(server_name=host, server_port=port, share=share, footer_links=[],
-                      auth=allowed if login else None, max_file_size=f'{MAX_MB}mb',
-                      theme=gr.themes.Default(primary_hue='blue', **fonts).set(**dark), **kw)
+    if port is not None and not 0 < port < 65536: raise BadInput(f'--port {port}: give a number from 1 to 65535')
+    fixed = {*(n.strip().lower() for n in names), *notebook_names()}
+    def proxies(): return (fixed | {host_of(app.share_url or '')}) - {''}
+    hosts = {host} if local else {host, HOST.lower()}
+    door = Middleware(OwnPagesOnly, names=proxies, hosts=hosts, numbers=host in ('0.0.0.0', '::'))
+    return launch(app, f'[{host}]' if ':' in host else host, port, share, auth=allowed if login else None,
+                  app_kwargs=dict(middleware=[door]), **kw)
 
 # %% ../nbs/08_demo.ipynb #d7d113ac
 def demo(
@@ -612,6 +726,7 @@ def demo(
     toy:bool=False, # Draw the toy city beside the gallery (half a minute), and offer its clips
     login:str=None, # Text file, one user:password a line: ask for them
     share:bool=False, # A public link through Gradio's servers; wants a login
+    names:str='', # Other names under which the page is reached, such as a proxy's: a.example.org,b.example.org
 ):
     "Enrol, verify and identify in a browser."
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
@@ -619,6 +734,8 @@ def demo(
     city = Path(gallery).resolve().parent/'toy'
     if toy: build_toy(city)
     examples = city/'clips' if (city/'clips').is_dir() else None
-    serve_demo(build_demo(gallery, checkpoint, weights, examples), port, host, share, read_login(login))
+    app = build_demo(gallery, checkpoint, weights, examples)
+    serve_demo(app, port, host, share, read_login(login), names.split(','), prevent_thread_lock=True)
+    if not hasattr(sys, 'ps1'): app.block_thread()     # a notebook goes on by itself
 
 reid_demo = command(demo)

@@ -80,6 +80,7 @@ def command(
         parser = make_parser(f, name, word)
         given = vars(parser.parse_args([match_option(parser, w) for w in sys.argv[1:]]))
         log_to_stderr()
+        sys.stdout.reconfigure(errors='backslashreplace')   # a name may have letters that the terminal lacks
         try:
             result = f(**given)
             if show: print(show(result))
@@ -120,10 +121,11 @@ def sweep_unfinished(
 def atomic_write(
     path, # File to make
     mode:str='w', # 'w' or 'wb'
-    **kw, # For `open`
+    **kw, # For `open`; text is UTF-8
 ): # Yields the open file; raises what `open` and the block raise, and then leaves `path` as it was
     "Write a file that appears under its name only when it is complete."
     path = Path(path)
+    if 'b' not in mode: kw.setdefault('encoding', 'utf-8')
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep_unfinished(path.parent)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}@{HOST}.tmp')
