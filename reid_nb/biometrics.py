@@ -112,9 +112,9 @@ class Decision:
     probe:Template=field(repr=False) # All its pictures
 
     @property
-    def names(self): # Of everybody at or above the upper threshold: two, where one person was enrolled twice
-        "The names that match."
-        return [n for n, score in self.ranking if score >= self.upper]
+    def others(self): # Of (name, score): one person enrolled under two names, or people who look alike
+        "The people behind the first who match as well."
+        return [(n, score) for n, score in self.ranking[1:] if score >= self.upper]
 
 # %% ../nbs/06_biometrics.ipynb #96c20d60
 def decide(
@@ -173,13 +173,14 @@ def explain(
     "Put an outcome into plain words."
     who, lines = outcome.claimed, []
     for d in outcome.decisions:
-        found = ' or '.join(d.names) if d.answer == 'match' else f'perhaps {d.name}, inconclusive'
+        found = d.name if d.answer == 'match' else f'perhaps {d.name}, inconclusive'
         if d.answer == 'no match':
             found = f'not {who}' if who else f'unknown (closest: {d.ranking[0][0]})'
+        if d.others: found += f' (or {", ".join(f"{n} {score:.3f}" for n, score in d.others)}: they match, too)'
         lines.append(f'{describe(d.track, d.seen)}: {found}; score {d.score:.3f}, '
                      f'match from {d.upper:.3f}, no match below {d.lower:.3f}')
     lines += [f'person {n}: not decided: {why}' for n, why in outcome.skipped.items()]
-    known = [' or '.join(d.names) for d in outcome.decisions if d.answer == 'match']
+    known = [d.name for d in outcome.decisions if d.answer == 'match']
     if who is None:
         head = f'{len(known)} of {len(outcome.decisions)} people identified'
         if known: head += ': ' + ', '.join(known)
@@ -256,7 +257,6 @@ def film_labels(
     labels = {n: ('not decided', LABEL_GREY) for n in outcome.skipped}
     for d in outcome.decisions:
         name = d.name if d.answer != 'no match' else f'not {d.name}' if outcome.claimed else 'unknown'
-        if d.answer == 'match': name = ' or '.join(d.names)
         sign, colour = ANSWER_STYLES[d.answer]
         labels[d.track] = f'{name} {sign}', colour
     return labels

@@ -79,6 +79,8 @@ def command(
         name = Path(sys.argv[0]).stem
         parser = make_parser(f, name, word)
         given = vars(parser.parse_args([match_option(parser, w) for w in sys.argv[1:]]))
+        if lost := [k for k, v in given.items() if v == []]:     # argparse takes the word in --name=-- away
+            parser.error(f'argument {lost[0]}: expected one argument')
         log_to_stderr()
         sys.stdout.reconfigure(errors='backslashreplace')   # a name may have letters that the terminal lacks
         try:
