@@ -260,7 +260,7 @@ def pts_to_seconds(
     "Make times of what a file says, without the jumps of its clock."
     steps = np.diff(np.array(pts, float))   # NaN where the file does not say
     good = steps > 0
-    if good.sum() < .95*len(steps): return np.arange(len(pts))/(rate if 1 <= rate <= 240 else 25)
+    if good.sum() < .9*len(steps): return np.arange(len(pts))/(rate if 1 <= rate <= 240 else 25)
     usual = np.median(steps[good]) if len(steps) else 0
     steps = np.where(good, np.minimum(steps, max(10/unit, 100*usual)), usual)
     return np.append(0, steps.cumsum())*unit
