@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'FORMATS', 'OPEN', 'Packet', 'CHECKED', 'best_stream', 'open_video', 'decode_frames', 'display_matrix',
-           'is_turned', 'orient', 'warn_once', 'frame_to_rgb', 'shown_size', 'nal_headers', 'list_packets',
-           'plan_packets', 'decode_planned', 'pick_frames', 'read_frames', 'list_pts', 'known_pts', 'frame_pts',
-           'count_frames', 'frames_between', 'pts_to_seconds', 'show_times', 'frame_rate', 'pixel_ratio']
+           'is_turned', 'orient', 'warn_once', 'frame_to_rgb', 'nal_headers', 'list_packets', 'plan_packets',
+           'decode_planned', 'pick_frames', 'read_frames', 'list_pts', 'known_pts', 'frame_pts', 'count_frames',
+           'frames_between', 'pts_to_seconds', 'show_times', 'frame_rate', 'pixel_ratio']
 
 # %% ../../nbs/parts/03_video.ipynb #c5834606
 import logging, os, struct
@@ -104,17 +104,14 @@ def warn_once(text): log.warning(text)
 def frame_to_rgb(
     frame, # `av.VideoFrame`
     reformatter, # `VideoReformatter`; one for all frames of a video saves half of the time
+    matrix:tuple=None, # From `display_matrix`, which is read where it is None
     size=None, # Height and width that the picture gets where it has others
 )->np.ndarray: # uint8 [H,W,3], RGB
     "Convert a frame to RGB, turned as it is to be shown."
     rgb = reformatter.reformat(frame, format='rgb24', threads=1).to_ndarray()
-    rgb = np.ascontiguousarray(orient(rgb, display_matrix(frame)))
+    rgb = np.ascontiguousarray(orient(rgb, matrix or display_matrix(frame)))
     if size in (None, rgb.shape[:2]): return rgb
     return cv2.resize(rgb, size[::-1], interpolation=cv2.INTER_AREA)
-
-def shown_size(frame):
-    "Height and width of a frame as it is shown."
-    return (frame.width, frame.height) if is_turned(display_matrix(frame)) else (frame.height, frame.width)
 
 # %% ../../nbs/parts/03_video.ipynb #ece16af8
 def nal_headers(
@@ -200,15 +197,17 @@ def read_frames(
 ): # Yields (frame number, RGB uint8 [H,W,3]), all of one size; `BadInput` when the file is missing or broken
     "Read frames of a video in order, each exactly the one of its number."
     np.empty(30_000_000, np.uint8)  # from now on glibc keeps freed frames: a quarter faster
-    reformatter, size = VideoReformatter(), None
+    reformatter, size, before = VideoReformatter(), None, None
     wanted = None if wanted is None else set(wanted)
     frames = enumerate(decode_frames(video)) if wanted is None else pick_frames(video, sorted(wanted | {0}))
     for i, frame in frames:
-        now = shown_size(frame)
+        form = frame.height, frame.width, frame.rotation
+        if form != before: before, matrix = form, display_matrix(frame)   # for each frame it would cost a sixth
+        now = form[1::-1] if is_turned(matrix) else form[:2]
         size = size or now
         if now != size: warn_once(f'{video}: its pictures change from {size[1]}x{size[0]} to other sizes: '
                                   f'all are scaled to this one')
-        if wanted is None or i in wanted: yield i, frame_to_rgb(frame, reformatter, size)
+        if wanted is None or i in wanted: yield i, frame_to_rgb(frame, reformatter, matrix, size)
 
 # %% ../../nbs/parts/03_video.ipynb #b500f561
 def list_pts(
