@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from .core import BadInput, command
-from .detections import Dets, write_dets
+from .detections import Dets, read_dets, write_dets
 from .download import video_facts, VideoName
 from .parallel import raise_failures, run_jobs
 from .video import count_frames, frames_between, read_frames
@@ -174,7 +174,6 @@ def detect_video(
     facts = video_facts(video)
     rows = [(i, k, p.track, p.box, p.conf) for i, _, people in detect_people(video, weights)
             if i % every == 0 for k, p in enumerate(people)]
-    if not rows and weights == 'motion': log.warning('%s: nobody found: %s', video, ONLY_MOTION)
     cols = zip(*rows) if rows else [()]*5
     write_dets(pkl, Dets('LUPerson-NL', *cols, facts['height'], facts['fps']))
     return pkl
@@ -194,6 +193,9 @@ def detect(
     todo = [(path, pkl, weights, every) for path, pkl in todo if not pkl.exists()]
     written, failed = run_jobs(detect_video, todo, workers, engine, 'detect')
     raise_failures(failed, len(todo))
+    empty = [pkl for pkl in written if weights == 'motion' and not len(read_dets(pkl).frame)]
+    if empty: log.warning('nobody found in %d of %d videos, the first is that of %s: %s',
+                          len(empty), len(written), empty[0], ONLY_MOTION)
     return written
 
 # %% ../../nbs/parts/06_detect.ipynb #2f1acf35
