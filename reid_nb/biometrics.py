@@ -40,7 +40,7 @@ def find_usable_tracks(
     progress=None, # See `find_tracks`
 )->tuple: # Usable tracks, and {number: why not} of the others; raises `BadInput` where nobody is usable
     "Find the people of a clip who have enough good pictures."
-    return require_usable(video, find_tracks(video, weights, start, stop, progress=progress))
+    return require_usable(video, find_tracks(video, weights, start, stop, progress=progress), weights=weights)
 
 # %% ../nbs/06_biometrics.ipynb #b0eee8d3
 def enroll(
@@ -209,7 +209,7 @@ def identify(
     if name is None: here.index.load()   # an empty gallery complains before the long part
     zone = decision_zone(here.thresholds, fmr)
     tracks = find_tracks(video, weights, start, stop, progress=progress)
-    (good, why), times = require_usable(video, tracks), frame_times(video)
+    (good, why), times = require_usable(video, tracks, weights=weights), frame_times(video)
     decisions = [decide(t, make_template(t, matcher), here, zone, times, name) for t in good]
     outcome = Outcome(name, decisions, why, float(fmr), Path(weights).name, tracks)
     if film: draw_film(video, film, tracks, film_labels(outcome), start, stop, progress)

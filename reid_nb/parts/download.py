@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import av
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from .core import BadInput, command, sha256
 from .parallel import check_engine, on_ray
-from .video import count_frames, read_frames
+from .video import count_frames, frame_rate, read_frames
 
 log = logging.getLogger(__name__)
 
@@ -127,9 +126,7 @@ def video_facts(
     "Read what the census records of a video."
     video = Path(video)
     height = next(read_frames(video))[1].shape[0]
-    with av.open(str(video)) as f:
-        fps = float(f.streams.video[0].average_rate or 0)
-    return dict(height=height, fps=fps, frames=count_frames(video), bytes=video.stat().st_size,
+    return dict(height=height, fps=frame_rate(video), frames=count_frames(video), bytes=video.stat().st_size,
                 digest=sha256(video))
 
 # %% ../../nbs/parts/05_download.ipynb #3c77caff

@@ -18,7 +18,7 @@ from matplotlib import font_manager, ft2font
 
 from .core import BadInput
 from .tracks import frame_times
-from .video import read_frames
+from .video import pixel_ratio, read_frames
 
 # %% ../../nbs/parts/17_film.ipynb #0ac94c46
 LABEL_GREY = (90, 90, 90)    # ground of a label that says no more than a number
@@ -75,12 +75,12 @@ def draw_film(
         for frame, box in t.seen: by_frame.setdefault(frame, []).append((box, t.number))
     wanted, part = range(start, min(stop or len(times), len(times))), out.with_suffix('.part.mp4')
     try:
-        with av.open(str(part), 'w', options=dict(movflags='faststart')) as f:
+        with av.open(f'file:{part}', 'w', options=dict(movflags='faststart')) as f:
             s, last = None, -1
             for k, (i, rgb) in enumerate(read_frames(video, wanted)):
                 if progress: progress((k + 1)/len(wanted), 'drawing the film')
                 for box, n in by_frame.get(i, ()): draw_box(rgb, box, pictures[n], labels[n][1])
-                if s is None: s = add_h264_stream(f, *rgb.shape[:2], width)
+                if s is None: s = add_h264_stream(f, len(rgb), rgb.shape[1]*pixel_ratio(video), width)
                 rgb = cv2.resize(rgb, (s.width, s.height), interpolation=cv2.INTER_AREA)
                 frame = av.VideoFrame.from_ndarray(rgb)
                 last = max(last + 1, int(1000*(times[i] - times[start])))

@@ -13,15 +13,14 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import av
 import cv2
 import numpy as np
 from tqdm import tqdm
 
 from .core import BadInput, sha256
-from .detect import detect_people
+from .detect import detect_people, ONLY_MOTION
 from .detections import fit_boxes
-from .video import read_frames
+from .video import show_times
 from .weights import read_thresholds
 
 # %% ../../nbs/parts/15_tracks.ipynb #ff9f2eee
@@ -30,16 +29,9 @@ def frame_times(
     start:int=0, # A frame that there must be
 )->np.ndarray: # float64[frames], seconds since the first; raises `BadInput` (broken, too short)
     "Read when each frame of a clip is shown."
-    next(read_frames(video))    # raises for a clip that cannot be decoded
-    with av.open(str(video)) as f:
-        s = f.streams.video[0]
-        times = [p.pts for p in f.demux(s) if p.size]
-        rate, unit = float(s.average_rate or 0), float(s.time_base or 1)
-    if start >= len(times):
-        raise BadInput(f'{video}: it has no frame {start}, only {len(times)} frames')
-    if None in times or len({*times}) < len(times):     # no times, or one time for several frames
-        return np.arange(len(times))/(rate if 1 <= rate <= 240 else 25)
-    return (np.sort(times) - min(times))*unit
+    times = show_times(video)
+    if start < len(times): return times
+    raise BadInput(f'{video}: it has no frame {start}, only {len(times)} frames')
 
 # %% ../../nbs/parts/15_tracks.ipynb #b19ae2a8
 @dataclass(frozen=True)
@@ -180,12 +172,13 @@ def select_usable(
                 f' ({reasons})' if reasons else '')
     return [t for t in tracks if t.number not in why], why
 
-def require_usable(video, tracks, gate=QualityGate()):
+def require_usable(video, tracks, gate=QualityGate(), weights='motion'):
     "`select_usable(tracks)`; raises `BadInput` where no track is usable."
     good, why = select_usable(tracks, gate)
     if good: return good, why
     reasons = '; '.join(f'person {n}: {r}' for n, r in why.items())
-    raise BadInput(f'{video}: nobody to be seen well enough ({reasons or "nobody found"})')
+    hint = f': {ONLY_MOTION}' if weights == 'motion' and not tracks else ''
+    raise BadInput(f'{video}: nobody to be seen well enough ({reasons or "nobody found"}){hint}')
 
 # %% ../../nbs/parts/15_tracks.ipynb #77c94bb9
 def visible_intervals(
