@@ -11,7 +11,7 @@ __all__ = ['log', 'NO_GROUPS', 'PLAIN', 'NOTHING', 'full_name', 'write_features'
            'describe_result', 'reid_evaluate', 'reid_calibrate']
 
 # %% ../nbs/05_evaluate.ipynb #499c57a9
-import json, logging
+import json, logging, re
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -340,6 +340,9 @@ def check_options(
         raise BadInput(f'rounds {options["rounds"]}: give --expand too, and at least 1')
     if embed_only and (against or options.keys() - {'flip'}):
         raise BadInput('embed_only only writes features: of the options it takes flip alone')
+    names = ''.join(map(full_name, [*benchmark.query, *benchmark.gallery])) if embed_only else ''
+    if odd := re.search('[\ud800-\udfff]', names):
+        raise BadInput(f'a picture has a name that is not UTF-8, which npz cannot hold: ...{names[:odd.end()][-40:]!a}')
     if options.get('rerank'): check_rerank(benchmark)
 
 # %% ../nbs/05_evaluate.ipynb #475413e5
@@ -386,6 +389,7 @@ def evaluate(
     if against and Path(against).suffix == '.npz': ready.append(against)
     check_options(benchmark, options, ready, embed_only, against)
     source, target = ckpt or features, embed_only or out
+    if target and Path(target).is_dir(): raise BadInput(f'{target}: a folder is there: name a file')
     with lock(target) if target else nullcontext():
         qf, gf = load_features(benchmark, source, source in ready, options)
         if embed_only:

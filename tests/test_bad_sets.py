@@ -458,6 +458,16 @@ def test_archives_of_other_things(scene, tmp_path):
     for name in 'texts.npz', 'one.npy', 'objects.npz', 'folder.npz', 'none.npz':
         with pytest.raises(BadInput, match=name): load_npz(tmp_path/name)
 
+def test_files_that_cannot_be_written(scene, tmp_path, monkeypatch):
+    "A folder where the file should be, a picture whose name is not UTF-8: said before anything is embedded"
+    monkeypatch.setattr('reid_nb.evaluate.features_of', lambda *a, **k: pytest.fail('embedded for nothing'))
+    root = market_set(tmp_path/'set', [1, 2], [1, 2])
+    for how in dict(out=tmp_path), dict(embed_only=tmp_path):
+        with pytest.raises(BadInput, match='a folder is there'): evaluate(data=root, **how)
+    os.link(next((root/'query').iterdir()), os.path.join(os.fsencode(root), b'query', b'0009_c1s1_\xff.jpg'))
+    with pytest.raises(BadInput, match='name that is not UTF-8.*0009_c1s1_'):
+        evaluate(data=root, embed_only=tmp_path/'e.npz')
+
 # --- Two at once
 
 def test_one_writer_a_file(scene, tmp_path, run):
