@@ -22,7 +22,8 @@ from reid_nb.parts.benchmarks import (
     Benchmark, check_parts, cuhk03_split, find_folder, hold_out, PARTS, PROTOCOLS, read_benchmark, read_part,
     read_set, read_split, Sample)
 from reid_nb.parts.core import BadInput, lock
-from reid_nb.parts.metrics import chance, check_answers, operating_points, open_set, rank, tied_queries
+from reid_nb.parts.metrics import (
+    chance, check_answers, operating_points, open_set, rank, score_counts, select_part, split_people, tied_queries)
 
 few = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -75,6 +76,9 @@ def test_any_small_set_gives_a_result_or_one_line(case):
     assert result['thresholds'] or 'no thresholds' in said
     assert result['pairs'] and result['roc'] or 'no AUC' in said and 'no ROC' in said
     assert all(-1 < p['low'] <= p['threshold'] <= p['high'] <= 1 for p in result['thresholds'].values()), text
+    if result['thresholds']:   # there was something to choose from, and something to check on
+        a, b = (score_counts(*select_part(bench, *noise(bench, seed), half)) for half in split_people(bench, seed))
+        assert a.impostor.sum() and b.impostor.sum() and b.genuine.sum()
     assert 'mAP' in describe_result(result | dict(source='x', checkpoint_digest='0'*64))
 
 @settings(few, max_examples=150)
