@@ -194,7 +194,7 @@ def test_nothing_to_do_says_what_was_left_out(tmp_path):
     for pid in range(5): picture(tmp_path/'query'/f'person{pid}.jpg')
     for f, words in ((evaluate, 'nothing to evaluate'), (calibrate, 'nothing to calibrate')):
         with pytest.raises(BadInput, match=f'{words}.*5 pictures with no labels.*tif'): f(data=tmp_path)
-    with pytest.raises(BadInput, match='nothing to train on.*bounding_box_train: 1 files left out'):
+    with pytest.raises(BadInput, match='to train on.*bounding_box_train: 1 files left out'):
         training_set(tmp_path)
     with pytest.raises(BadInput, match='in bounding_box_test: nothing to do'):
         check_parts(bench_of([(1, 1)], []), 'x', 'do', 'query', 'gallery')
