@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import AutoAugment
 
 from .parts.augment import crop_batches, random_box
-from .parts.benchmarks import Benchmark, cuhk03_split, hold_out, read_benchmark
+from .parts.benchmarks import Benchmark, cuhk03_split, hold_out, read_benchmark, read_set
 from .parts.core import BadInput, choose, command, parse_size, rng_of
 from .parts.device import autocast, pick_device, pick_precision, to_input
 from .parts.metrics import rank, Scores
@@ -195,9 +195,9 @@ def training_set(
     "Read the people to learn from."
     classic = protocol.startswith('cuhk03_classic_') and protocol.endswith(('detected','labeled'))
     if classic and not 0<=split<20: raise BadInput(f'split {split}: CUHK03 has 0 to 19')
-    bench = (cuhk03_split(protocol.split('_')[2], split).reader(data) if classic
+    bench = (read_set(cuhk03_split(protocol.split('_')[2], split), data) if classic
              else read_benchmark(protocol, data))
-    if not bench.train: raise BadInput(f'{data}: no labelled pictures to train on')
+    if not bench.train: raise BadInput('; '.join([f'{data}: no labelled pictures to train on', *bench.notes]))
     return bench
 
 # %% ../nbs/04_finetune.ipynb #c9d394b9

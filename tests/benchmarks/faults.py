@@ -153,6 +153,13 @@ FAULTS = [
      'difference = {k: np.subtract(less[k], more[k], dtype=float) for k in more}', 'tests/test_evaluate.py'),
     ('parts/metrics', 'alarm = np.quantile(best[~known], 1 - fpir', 'alarm = np.quantile(best[known], 1 - fpir',
      'tests/test_evaluate.py'),
+    ('parts/metrics', 'drawn = drawn[drawn.sum(1) > 0]', 'pass', 'tests/test_bad_sets.py -k lowers_no_threshold'),
+    ('parts/metrics', 'row + 1e-6*(pids == q.pid)', 'row - 1e-6*(pids == q.pid)', 'tests/test_bad_sets.py -k equal'),
+    ('parts/metrics', 'check_halves(benchmark, halves)', 'pass', 'tests/test_bad_sets.py -k small_set'),
+    ('parts/benchmarks', 'for note in bench.notes: log.warning', 'for note in []: log.warning',
+     'tests/test_bad_sets.py -k left_out'),
+    ('parts/benchmarks', 'mtime_ns=mat.st_mtime_ns', 'mtime_ns=0', 'tests/test_bad_sets.py -k made_before'),
+    ('evaluate', 'with lock(target) if target', 'with lock(target) if False', 'tests/test_bad_sets.py -k one_writer'),
     # People, gallery, decisions
     ('parts/tracks', "'overlap': hidden > gate.overlap", "'overlap': hidden > 2", 'tests/test_biometrics.py'),
     ('parts/tracks', 'min(x1, y1, W - x2, H - y2)', 'min(x1, y1)', 'tests/test_biometrics.py'),
