@@ -156,11 +156,14 @@ def lock(
 ): # Raises `BadInput` where somebody else holds it, and `OSError` where there is no right to write
     "Hold the right to write `target`, alone."
     target = Path(target)
-    held = FileLock(target/'.lock' if target.is_dir() else target.with_name(f'.{target.name}.lock'), timeout=0)
+    file = target/'.lock' if target.is_dir() else target.with_name(f'.{target.name}.lock')
+    held = FileLock(file, timeout=0)
     try: held.acquire()
     except Timeout: raise BadInput(f'{target}: another process is writing it: wait for it, or name another') from None
     try: yield
-    finally: held.release()
+    finally:
+        file.unlink(missing_ok=True)    # filelock takes no file that is gone by the time it is locked
+        held.release()
 
 # %% ../../nbs/parts/00_core.ipynb #973f5fa1
 log = logging.getLogger(__name__)
