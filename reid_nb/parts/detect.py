@@ -165,8 +165,9 @@ def find_videos(
         else:
             if name in found: log.warning('%s: skipped: %s has the same name', found[name], path)
             found[name] = path
+    only = f', only files such as {others[0]}' if others else ''
+    if not found: raise BadInput(f'{root}: no video in it that is named country+city+id.mp4{only}')
     left_out(others, VIDEO_ENDINGS)
-    if not found: raise BadInput(f'{root}: no video in it that is named country+city+id.mp4')
     return found
 
 # %% ../../nbs/parts/06_detect.ipynb #fd4a3927
