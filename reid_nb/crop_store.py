@@ -7,9 +7,9 @@ __all__ = ['log', 'MAX_KEY', 'KEY_PATTERNS', 'Item', 'REPORTS', 'STORE_SCHEMA', 
            'parse_key', 'Source', 'is_report', 'list_crops', 'read_places', 'stamp_file', 'fits_folder',
            'folder_source', 'measure_item', 'chain_digest', 'PackState', 'open_lmdb', 'put_picture', 'add_batch',
            'open_reader', 'close_readers', 'keep_inherited', 'begin_reading', 'parse_notes', 'read_shard',
-           'find_shards', 'mean_std', 'CropStore', 'map_in_threads', 'write_records', 'find_begun', 'lock_and_clean',
-           'pack', 'CropDataset', 'video_source', 'find_lmdb', 'read_keys', 'old_source', 'lmdb_source', 'shard_source',
-           'check_pages', 'verify_store', 'count_store', 'sample_sheet', 'export_crops', 'reid_pack']
+           'find_shards', 'mean_std', 'CropStore', 'map_in_threads', 'write_records', 'check_pages', 'find_begun',
+           'lock_and_clean', 'pack', 'CropDataset', 'video_source', 'find_lmdb', 'read_keys', 'old_source',
+           'lmdb_source', 'shard_source', 'verify_store', 'count_store', 'sample_sheet', 'export_crops', 'reid_pack']
 
 # %% ../nbs/02_lmdb.ipynb #b5095a65
 import hashlib, json, logging, os, re, shutil, threading, warnings, weakref, zlib
@@ -486,6 +486,15 @@ def write_records(env, source, state, batch, progress):
             with env.begin(write=True) as txn: add_batch(txn, env.open_db(META, txn=txn), items, state)
             bar.update(len(items))
 
+# %% ../nbs/02_lmdb.ipynb #dad8aca5
+def check_pages(
+    path, # A file
+)->None: # Raises `BadInput` where reading it could go wrong
+    "Check the tree of an LMDB file, page by page."
+    try: faults = find_faults(str(path))
+    except (OSError, VerifyError) as e: faults = [e]
+    if faults: raise BadInput(f'{path}: damaged: {faults[0]}: copy the file again')
+
 # %% ../nbs/02_lmdb.ipynb #0e39d543
 def find_begun(
     store:Path, # May be missing, or empty
@@ -494,7 +503,9 @@ def find_begun(
     "Find out how far packing has come."
     begun, shard = dict(schema=STORE_SCHEMA, items=source.total, source=source.digest), None
     if store.exists() and (store.is_dir() or store.stat().st_size):
-        with open_reader(store).begin() as txn: blank = not txn.stat()['entries']
+        reader = open_reader(store)
+        check_pages(store)
+        with reader.begin() as txn: blank = not txn.stat()['entries']
         if not blank: shard = read_shard(store)
     close_readers(store)    # to write, LMDB must open it in another way, or make it anew
     state = shard.state if shard else PackState(begun)
@@ -664,7 +675,9 @@ def lmdb_source(
 )->Source: # Raises `BadInput` for what is no LMDB, or a store of ours
     "Take the pictures of an LMDB as LUPerson, LUPerson-NL and the report write it: a picture a value."
     file, pkl = find_lmdb(path)
-    with open_reader(file).begin() as txn:
+    reader = open_reader(file)
+    check_pages(file)
+    with reader.begin() as txn:
         if txn.get(META) is not None: raise BadInput(f'{file}: made by reid_pack: use --merge')
         if txn.get(b'facts') and txn.get(b'images'): return old_source(file)
         found = txn.cursor().iternext(values=False)
@@ -685,6 +698,9 @@ def shard_source(
     path, # As for `find_shards`
 )->Source: # Raises `BadInput` for an unfinished store
     "Take the crops of finished stores, one after another."
+    for file in find_shards(path):
+        open_reader(file)
+        check_pages(file)
     store = CropStore(path)
     if not store.finished: raise BadInput(f'{path}: not finished: pack it to the end')
     def items(start):
@@ -692,15 +708,6 @@ def shard_source(
             _, _, _, pid, _, box, *measures = store.rows[i].item()
             yield Item(store.keys[i].item(), store[i], pid, box, measures)
     return Source(store.digest, len(store), items)
-
-# %% ../nbs/02_lmdb.ipynb #dad8aca5
-def check_pages(
-    path, # A file
-)->None: # Raises `BadInput` where reading it could go wrong
-    "Check the tree of an LMDB file, page by page."
-    try: faults = find_faults(str(path))
-    except (OSError, VerifyError) as e: faults = [e]
-    if faults: raise BadInput(f'{path}: damaged: {faults[0]}: copy the file again')
 
 # %% ../nbs/02_lmdb.ipynb #e646a2d9
 def verify_store(
