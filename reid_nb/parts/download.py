@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from .core import atomic_write, BadInput, command, lock, sha256
-from .parallel import attempt, check_engine, on_ray
+from .parallel import check_engine, do_video, on_ray
 from .video import count_frames, read_frames
 
 log = logging.getLogger(__name__)
@@ -246,7 +246,7 @@ def fetch_videos(
     stop, bots, pool = threading.Event(), 0, ThreadPoolExecutor(max(1, workers))
     fetch_one = on_ray(fetch_video, stop) if engine == 'ray' else partial(fetch_video, stop=stop)
     try:
-        names = {pool.submit(attempt, fetch_one, job): job[0].stem for job in jobs}
+        names = {pool.submit(do_video, fetch_one, job): job[0].stem for job in jobs}
         for job in tqdm(as_completed(names), 'download', len(names), disable=None):
             found, why = job.result()
             row = dict.fromkeys('height fps frames bytes digest note modified'.split())
