@@ -312,7 +312,7 @@ def test_download_killed_ten_times_is_that_of_an_uninterrupted_run(site, tmp_pat
         job.send_signal(signal.SIGKILL)
         job.wait()
         acknowledged = {s for s, state in before.items() if state == 'done'}
-        assert acknowledged <= {s for s, state in states_of(dest).items() if state == 'done'}
+        assert not acknowledged or acknowledged <= {s for s, state in states_of(dest).items() if state == 'done'}
     assert struck == 10
     assert subprocess.run(cmd, capture_output=True).returncode == 0
     videos = lambda root: {k: v for k, v in tree(root).items() if k.endswith('.mp4')}
