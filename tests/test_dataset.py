@@ -305,8 +305,12 @@ def test_download_killed_ten_times_is_that_of_an_uninterrupted_run(site, tmp_pat
     cmd = [Path(sys.executable).parent/name, *args]
     site.pause = 5/max(len(v)/4096 for v in site.files.values())     # 25 s for all, so ten blows come before the end
     for _ in range(10):
-        job = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(1 + 2*rng.random())
+        size = lambda: sum(p.stat().st_size for p in dest.rglob('*.mp4*'))
+        job, had = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), size()
+        for _ in range(600):  # wait for the work, then strike somewhere in it
+            if size() > had or job.poll() is not None: break
+            time.sleep(.02)
+        time.sleep(2*rng.random())
         before = states_of(dest) if (dest/'census.sqlite').exists() else {}
         struck += job.poll() is None
         job.send_signal(signal.SIGKILL)
