@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .parts.core import atomic_write, BadInput, command, fingerprint, lock, write_jpeg
-from .parts.detect import find_pairs, same_origin
+from .parts.detect import find_pairs, same_origin, say_anew
 from .parts.detections import Dets, fit_boxes, read_dets
 from .parts.download import part_folder, remove_empty, VideoName
 from .parts.parallel import check_engine, raise_failures, run_jobs
@@ -135,7 +135,8 @@ def plan_extraction(
     pairs:list, # From `find_pairs`
     dest, # Folder of the crops
     options:dict, # As for `crop_video`
-)->tuple: # (arguments of `crop_video`, one tuple a video; messages of the videos that failed)
+)->tuple: # (arguments of `crop_video`, one tuple a video; messages of the videos that failed;
+          # videos that had crops)
     "Choose the videos whose crops are not there, not whole, or of something else."
     jobs, failed, changed = [], [], []
     for name, video, pkl in pairs:
@@ -149,9 +150,7 @@ def plan_extraction(
             continue
         if folder.exists(): changed.append(video)
         jobs.append((name, video, pkl, Path(dest), options, stamp))
-    if changed: log.warning('%d videos have changed, or their boxes, options or crops: cut anew, first %s',
-                            len(changed), changed[0])
-    return jobs, failed
+    return jobs, failed, changed
 
 # %% ../nbs/01_dataset.ipynb #2bd2972a
 def extract(
@@ -175,12 +174,13 @@ def extract(
     if engine == 'local': workers = workers or os.cpu_count()
     Path(dest).mkdir(parents=True, exist_ok=True)
     with lock(dest):
-        jobs, failed = plan_extraction(pairs, dest, options)
+        jobs, failed, changed = plan_extraction(pairs, dest, options)
         try: _, more = run_jobs(crop_video, jobs, workers, engine, 'extract')
         finally:
             for folder in {part_folder(dest, crop_folder(dest, name).resolve()) for name, *_ in jobs}:
                 remove_empty(folder)
         if report: report_crops(dest)
+    say_anew(changed, more)
     raise_failures(failed + more, len(failed) + len(jobs))
     return crop_counts(dest)
 

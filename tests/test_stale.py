@@ -181,10 +181,17 @@ def test_crops_of_another_video_or_incomplete_ones_are_cut_anew(run, tmp_path):
     assert extract() == extract() == ''
     first = tree(dest)
     swap(video)
-    assert 'cut anew' in extract() and all(tree(dest)[k] != v for k, v in first.items()) and extract() == ''
+    assert 'made anew' in extract() and all(tree(dest)[k] != v for k, v in first.items()) and extract() == ''
     second, crop = tree(dest), next(folder.glob('*.jpg'))
     crop.unlink()
-    assert 'cut anew' in extract() and tree(dest) == second
+    assert 'made anew' in extract() and tree(dest) == second
+    raw = video.read_bytes()
+    video.write_bytes(b'no video')      # nothing was made anew, and only that is said
+    one_line(run('reid_extract', videos, dets, '--dest', dest), '1 of 1', 'broken')
+    assert tree(dest) == second
+    video.write_bytes(raw)
+    assert 'made anew' in extract()
+    second = tree(dest)
     (folder/'counts.json').write_text('{"vid')
     assert 'damaged' in extract() and tree(dest) == second
 
@@ -217,7 +224,7 @@ def test_verdicts_on_another_video_and_mended_boxes_that_are_gone(toy, tmp_path,
         return note.stat().st_mtime_ns > before
     assert judged() and not judged()
     os.utime(video)
-    assert judged() and 'judged anew' in caplog.text and not judged()
+    assert judged() and 'made anew' in caplog.text and not judged()
     (tmp_path/'aligned'/pkl.name).unlink()
     assert judged() and (tmp_path/'aligned'/pkl.name).exists() and judged(least=.1)
     with pytest.raises(BadInput, match='written over'): al.align(tmp_path/'videos', tmp_path/'dets', tmp_path/'dets')

@@ -6,7 +6,7 @@
 __all__ = ['log', 'Person', 'PEOPLE', 'KEPT', 'VIDEO_ENDINGS', 'reid_detect', 'check_weights', 'yolo_boxes', 'shrink_frame',
            'median_frame', 'background_frames', 'motion_boxes', 'absolute_weights', 'detect_people', 'left_out',
            'find_videos', 'find_dets', 'find_pairs', 'weights_stamp', 'detect_stamp', 'same_origin', 'judge_dets',
-           'write_note', 'detect_video', 'plan_detection', 'detect']
+           'write_note', 'detect_video', 'plan_detection', 'say_anew', 'detect']
 
 # %% ../../nbs/parts/06_detect.ipynb #38e43a9a
 import json, logging, os
@@ -269,8 +269,8 @@ def plan_detection(
     dest, # Folder for the pickles
     weights:str, # As for `detect_people`
     every:int, # As for `detect_video`
-)->tuple: # (arguments of `detect_video`, one tuple a video; messages of the videos that failed)
-    "Choose the videos to detect people in, and say what is made anew and what is left as it is."
+)->tuple: # (arguments of `detect_video`, one tuple a video; messages of the videos that failed; pickles by state)
+    "Choose the videos to detect people in: those without detections, and those of which they are of something else."
     jobs, failed, there, seen = [], [], find_dets(dest), dict(missing=[], same=[], changed=[], foreign=[])
     for name, video in found.items():
         pkl = there.get(name.stem, Path(dest)/f'{name.stem}.pkl')
@@ -280,12 +280,18 @@ def plan_detection(
         except OSError as e:
             failed.append(f'{video}: {e}')
             continue
-        seen[state].append(pkl)
+        seen[state].append(pkl if state == 'foreign' else video)
         if state in ('missing', 'changed'): jobs.append((video, pkl, weights, every, made_from))
-    for state, words in (('changed', 'of another video or other options: made anew'),
-                         ('foreign', 'of unknown origin: left as they are')):
-        if seen[state]: log.warning('%d detections are %s, first %s', len(seen[state]), words, seen[state][0])
-    return jobs, failed
+    return jobs, failed, seen
+
+def say_anew(
+    changed:list, # Paths of videos of which something was there already, made from something else
+    failed:list, # Messages of the videos that failed
+):
+    "Say what was made anew."
+    made = [video for video in changed if not any(line.startswith(f'{video}: ') for line in failed)]
+    if made: log.warning('made anew, as the video, its boxes or the options have changed, or files are missing: '
+                         '%d videos, first %s', len(made), made[0])
 
 # %% ../../nbs/parts/06_detect.ipynb #ef55f688
 def detect(
@@ -303,9 +309,12 @@ def detect(
     check_weights(weights)
     Path(dest).mkdir(parents=True, exist_ok=True)
     with lock(dest):
-        jobs, failed = plan_detection(found, dest, weights, every)
+        jobs, failed, seen = plan_detection(found, dest, weights, every)
         written, more = run_jobs(detect_video, jobs, workers, engine, 'detect')
+    say_anew(seen['changed'], more)
     raise_failures(failed + more, len(failed) + len(jobs))
+    if seen['foreign']: log.warning('%d detections of unknown origin are left as they are, first %s',
+                                    len(seen['foreign']), seen['foreign'][0])
     return written
 
 # %% ../../nbs/parts/06_detect.ipynb #2f1acf35
