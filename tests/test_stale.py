@@ -141,13 +141,14 @@ def swap(video, n=40):
 
 def test_detections_of_another_video_or_other_options_are_made_anew(run, tmp_path):
     videos, _ = small_city(tmp_path, ['videoNumbr1', 'videoNumbr2'])
+    for path in videos.rglob('*.mp4'): film(path, colour=lambda i: (60, 90, 120))      # motion finds the square
     video, dest = videos/'xx'/'yy'/'xx+yy+videoNumbr1.mp4', tmp_path/'found'
     def made(*more):
         done = run('reid_detect', videos, '--dest', dest, *more)
         assert done.returncode == 0, done.stderr
         return done.stdout.split(': ')[1].strip(), done.stderr
     assert made() == ('2', '') and made() == ('0', '')
-    swap(video)
+    swap(video, 30)
     n, said = made()
     assert n == '1' and 'made anew' in said and video.stem in said and made() == ('0', '')
     before = len(read_dets(dest/f'{video.stem}.pkl').frame)
@@ -311,6 +312,7 @@ def test_a_video_that_breaks_the_decoder_does_not_end_the_job(run, tmp_path, mon
 
 def test_a_dangling_link_is_one_failure(run, tmp_path):
     videos, dets = small_city(tmp_path)
+    film(next(videos.rglob('*.mp4')), colour=lambda i: (60, 90, 120))
     (videos/'xx+yy+videoNumbr0.mp4').symlink_to(tmp_path/'nowhere')
     shutil.copy(dets/'xx+yy+videoNumbr1.pkl', dets/'xx+yy+videoNumbr0.pkl')
     for name, more in (('reid_extract', (dets,)), ('reid_detect', ()), ('reid_align', (dets, '--frames', '5'))):
