@@ -722,7 +722,7 @@ def test_two_packers_at_once(crops, store, tmp_path):
     child = multiprocessing.get_context('fork').Process(target=pack, args=(crops, path, 5))
     child.start()
     while not path.exists(): time.sleep(.001)
-    with pytest.raises(BadInput, match='another reid_pack is at it'): pack(crops, path)
+    with pytest.raises(BadInput, match='another process is writing it'): pack(crops, path)
     child.join()
     assert child.exitcode == 0 and CropStore(path).digest == store.digest and os.listdir(tmp_path) == ['a.lmdb']
 

@@ -196,9 +196,10 @@ def sha256(
 def fingerprint(
     video, # Path of a video
     pkl, # Path of its detections
-)->dict: # Size of the one, digest of the other
-    "Identify the inputs of one video: by its size and the digest of its detections."
-    return dict(bytes=Path(video).stat().st_size, dets=sha256(pkl))
+)->dict: # Size and time of the one, digest of the other; raises `OSError` where one cannot be read
+    "Identify the inputs of one video: by its size and time, and the digest of its detections."
+    about = Path(video).stat()
+    return dict(bytes=about.st_size, modified=about.st_mtime_ns, dets=sha256(pkl))
 
 # %% ../../nbs/parts/00_core.ipynb #bc87068e
 def encode_jpeg(
