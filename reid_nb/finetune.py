@@ -316,11 +316,11 @@ def check_batch(
     if not (r.softmax or r.triplet): raise BadInput('softmax=0 and triplet=0: give one of them a weight')
     if not r.instances: return
     people,rest = divmod(r.batch, r.instances)
-    if people and not rest and (people>1 or not r.triplet): return
+    if people and not rest and (people>1 or r.softmax): return
     able = [n for n in range(r.instances, r.batch+3*r.instances, r.instances) if n>=max(8, 2*r.instances)]
     near = sorted(sorted(able, key=lambda n: abs(n-r.batch))[:2])
-    raise BadInput(f'batch={r.batch} with instances={r.instances}: a batch is two people or more with {r.instances} '
-                   f'pictures each: give a batch of {near[0]} or {near[1]}, or other instances')
+    raise BadInput(f'batch={r.batch} with instances={r.instances}: a batch is some people with {r.instances} pictures '
+                   f'each: give a batch of {near[0]} or {near[1]}, or other instances')
 
 def train_model(
     session:Session, # New, of the right settings

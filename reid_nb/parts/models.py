@@ -7,7 +7,7 @@ __all__ = ['RESNETS', 'OSNETS', 'POOLS', 'SIDES', 'IBN', 'narrow', 'resnet', 'os
            'add_nonlocal', 'halves', 'GeM', 'CircleSoftmax', 'hard_pairs', 'triplet', 'Head', 'ReidModel', 'reid_loss']
 
 # %% ../../nbs/parts/11_models.ipynb #6e811f2e
-import copy, math
+import copy, math, warnings
 from collections import OrderedDict
 
 import torch
@@ -61,7 +61,9 @@ def resnet(arch):
 
 def osnet(arch):
     "Make the parts of torchreid's OSNet (Zhou 2019); returns them and the width of its last map."
-    from torchreid.reid import models
+    with warnings.catch_warnings():  # it tells that its compiled ranking is missing: no ranking is done here
+        warnings.simplefilter('ignore')
+        from torchreid.reid import models
     net = models.build_model(arch, num_classes=1, pretrained=False)
     body = [(n,m) for n,m in net.named_children() if n.startswith(('conv','pool','maxpool'))]
     return body,net.conv5.conv.out_channels

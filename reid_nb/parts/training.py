@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'WORDS', 'RUN_RANGES', 'random_state', 'set_random_state', 'read_state', 'get_recipe', 'read_field',
            'change_recipe', 'is_kind', 'in_range', 'check_fields', 'Run', 'rank_and_world', 'sum_over_processes',
-           'any_process', 'catch_signals', 'Speed', 'plain_loader_errors', 'StateFiles', 'Curve', 'latest', 'Session',
-           'outcome', 'plot_history', 'Live', 'prefetch', 'gather', 'join_processes', 'average_statistics', 'validator']
+           'any_process', 'catch_signals', 'Speed', 'try_shared_memory', 'plain_loader_errors', 'StateFiles', 'Curve',
+           'latest', 'Session', 'outcome', 'plot_history', 'Live', 'prefetch', 'gather', 'join_processes',
+           'average_statistics', 'validator']
 
 # %% ../../nbs/parts/14_training.ipynb #74068f7e
-import ast, errno, io, json, logging, math, os, random, signal, threading, time, zipfile
+import ast, errno, io, json, logging, math, multiprocessing, os, random, signal, threading, time, zipfile
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -242,20 +243,30 @@ class Speed:
 
 
 # %% ../../nbs/parts/14_training.ipynb #a85d55ce
+def try_shared_memory(
+    workers:int, # Loader processes
+): # Raises `OSError` and `RuntimeError`
+    "Take as much shared memory as loader processes need to begin with, and give it back."
+    queues = [multiprocessing.Queue() for _ in range(workers+3)]  # of each loader, and the loader's own
+    torch.zeros(len(queues)).share_memory_()
+
 @contextmanager
 def plain_loader_errors(
     workers:int, # Loader processes
 ): # Raises `BadInput` in place of what they died of
     "Say in one line what went wrong in a loader process, and what to do."
-    few = f'{workers} loader processes: the shared memory of this machine is too small: give fewer, or --workers 0'
-    try: yield
+    few = (f'{workers} loader processes: the shared memory of this machine (/dev/shm) is too small for them: '
+           'give fewer, or --workers 0, or in Docker --shm-size 8g')
+    try:
+        if workers: try_shared_memory(workers)
+        yield
     except BadInput as e:
         raise BadInput(str(e).strip().splitlines()[-1].removeprefix('reid_nb.parts.core.BadInput: ')) from None
     except (RuntimeError, OSError) as e:
         text = str(e).strip()
         died = 'DataLoader worker' in text and ('killed' in text or 'exited' in text)
-        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.ENOSYS, errno.EACCES) and not e.filename
-        small = full or any(w in text for w in ('shared memory','shm','Bus error'))
+        full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.ENOSYS, errno.EACCES, errno.EROFS)
+        small = full and not e.filename or any(w in text for w in ('shared memory','shm','Bus error'))
         if workers and small: raise BadInput(few) from None
         if workers and died: raise BadInput(f'{text.splitlines()[0]}: it had too little memory, or was ended from '
                                             'outside: give fewer loader processes, or --workers 0') from None

@@ -166,6 +166,7 @@ def match_weights(
     def hits(p): return [k for k,v in strip(p).items() if fits(k, v)]
     others = {k[:m.end()] for k in tensors for m in re.finditer(r'\.', k) if k[m.end():] in own} - {*PREFIXES}
     others = sorted(others, key=lambda p: (bool(re.search('encoder_k|momentum|student', p)), len(p), p))
+    others = [p for p in others if 2*len(hits(p))>=len(own)]  # a few names fit anywhere
     prefix = max([*PREFIXES, *others], key=lambda p: len(hits(p)))
     matched = hits(prefix)
     missing = [k for k in own if k not in set(matched)]
