@@ -46,8 +46,8 @@ with warnings.catch_warnings():  # it tells that its compiled ranking is missing
 # %% ../nbs/04_finetune.ipynb #b83ca425
 SHARE = 0,1
 RECIPE_RANGES = dict(
-    arch=[*RESNETS, *OSNETS], epochs=(1,10**9), batch=(8,2**20), instances=(0,2**16), stats=STATS, pool=POOLS,
-    feature=SIDES, stripes=(1,64), width=(1,2**14), softmax=(0,1e6), smoothing=SHARE, triplet=(0,1e6),
+    arch=[*RESNETS, *OSNETS], epochs=(1,10**9), batch=(8,2**16), instances=(0,64), stats=STATS, pool=POOLS,
+    feature=SIDES, stripes=(1,8), width=(1,4096), softmax=(0,1e6), smoothing=SHARE, triplet=(0,1e6),
     margin=(0,1e6), lr=(0,1e30), decay=(0,1e6), warmup=SHARE, start=SHARE, drops=SHARE, cosine=SHARE, freeze=SHARE,
     clip=(1e-9,1e9), ema=(0,.999999), pad=(0,256), erase=SHARE, autoaug=SHARE)
 
@@ -87,8 +87,8 @@ class Recipe:
 
     def __post_init__(self):
         check_fields(self, RECIPE_RANGES, optional=('margin',))
-        if not self.stripes or any(type(n) is not int for n in self.stripes):
-            raise BadInput(f'stripes={self.stripes}: give whole numbers, such as (1,2,3)')
+        if not 1<=len(self.stripes)<=8 or any(type(n) is not int for n in self.stripes):
+            raise BadInput(f'stripes={self.stripes}: give one to eight whole numbers, such as (1,2,3)')
         if self.cosine is not None and not (len(self.cosine)==2 and self.cosine[0]<1):
             raise BadInput(f'cosine={self.cosine}: give a share below 1, and a rate')
 

@@ -209,9 +209,9 @@ OPTIMIZERS = dict(sgd=partial(torch.optim.SGD, lr=0, momentum=.9, weight_decay=1
 DRAWS = 'fast','device'
 POSITIVES,NEGATIVES = ['crop','track'],['all','video']
 MOCO_RANGES = dict(
-    arch=[*RESNETS, *OSNETS], epochs=(1,10**9), batch=(2,2**20), augment=AUGMENTS, positives=POSITIVES,
+    arch=[*RESNETS, *OSNETS], epochs=(1,10**9), batch=(2,2**16), augment=AUGMENTS, positives=POSITIVES,
     negatives=NEGATIVES, lr=(0,1e30), optimizer=OPTIMIZERS, queue=(1,2**14), m=(0,1), tau=(1e-3,100), bn=BNS,
-    clip=(1e-9,1e9), accumulate=(1,2**20), draw=[*DRAWS])
+    clip=(1e-9,1e9), accumulate=(1,2**16), draw=[*DRAWS])
 
 @dataclass(frozen=True)
 class MoCoRecipe:

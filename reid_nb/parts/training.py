@@ -139,9 +139,10 @@ def check_fields(
         if value is None and (f.default is None or f.name in optional): continue
         if f.name=='size' and isinstance(value, (str,tuple,list)): parse_size(value)
         elif not is_kind(value, f.type) or not (allowed is None or in_range(value, allowed)):
-            which = f' from {allowed[0]:g} to {allowed[1]:g}' if isinstance(allowed, tuple) else (
-                ': ' + ', '.join(allowed) if allowed else '')
-            raise BadInput(f'{f.name}={value!r}: give {WORDS[f.type]}{which}')
+            wanted = f'give {WORDS[f.type]}'
+            if isinstance(allowed, tuple): wanted += f' from {allowed[0]:g} to {allowed[1]:g}'
+            elif allowed: wanted = 'choose one of ' + ', '.join(allowed)
+            raise BadInput(f'{f.name}={value!r}: {wanted}')
 
 
 # %% ../../nbs/parts/14_training.ipynb #b98e1b33
@@ -468,7 +469,7 @@ class Session:
 
     def stop_if_odd(self):
         "Stop all processes together where one of them has met a number that is not finite; raises `BadInput`."
-        self.look_at_losses(wait=self.world>1 or self.step>=self.total)
+        self.look_at_losses(wait=self.world>1 or self.step+1>=self.total)
         if any_process(self.odd): raise BadInput(
             f'{self.result}: {self.odd or "the loss of another process is not finite"}: the training has diverged. The '
             'last good state is kept, and the same command would come here again: give a smaller lr, and another --out')
@@ -531,12 +532,12 @@ class Session:
         with bar,catch_signals(signals):
             while self.step<total and not self.must_stop(signals):
                 yield self.speed.next_batch(batches)
+                self.stop_if_odd()
                 self.step += 1
                 self.now = self.speed.numbers(self.step)
                 bar.update(batch)
                 bar.set_postfix(latest(self.history), refresh=False)
                 if time.monotonic()-self.saved>=self.run.save_every: self.save()
-                self.stop_if_odd()
             if self.step<total: self.save(); self.stop_if_odd()
         self.curve.close_board()
         if signals: raise KeyboardInterrupt if signals[0]==signal.SIGINT else SystemExit(128+signals[0])
