@@ -104,9 +104,12 @@ def innermost(
 )->dict: # {} where there is no dict
     "Find the weights among what is saved with them; a moving average goes before what it averages."
     for _ in range(5):
-        inside = [state[k] for k in NESTS if isinstance(state, dict) and isinstance(state.get(k), dict) and state[k]]
-        if not inside: break
-        state = inside[0]
+        dicts = {k: v for k,v in state.items() if isinstance(v, dict) and v} if isinstance(state, dict) else {}
+        known = [dicts[k] for k in NESTS if k in dicts]
+        if known: state = known[0]
+        elif dicts and not any(map(torch.is_tensor, state.values())):  # under a name of its own: what holds most
+            state = max(dicts.values(), key=len)
+        else: break
     return state if isinstance(state, dict) else {}
 
 
