@@ -71,7 +71,7 @@ class Bomb:
     def __reduce__(self): return open, ('bomb-went-off','w')
 
 def spoil(donor, how, path):
-    if how=='prefix': torch.save({f'net.{k}': v for k,v in donor.items()}, path)
+    if how=='prefix': torch.save({f'net_{k}': v for k,v in donor.items()}, path)
     if how=='head': torch.save({'fc.weight': torch.zeros(9,512), 'fc.bias': torch.zeros(9)}, path)
     if how=='deeper': torch.save(build_backbone('resnet18').state_dict(), path)
     if how=='shallower': torch.save({k: v for k,v in donor.items() if not k.startswith('layer4')}, path)

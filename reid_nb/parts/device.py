@@ -10,14 +10,18 @@ from functools import lru_cache
 
 import torch
 
-from .core import choose
+from .core import BadInput, choose
 
 # %% ../../nbs/parts/10_device.ipynb #d52a980a
 def pick_device(
     device:str=None, # 'cuda', 'cpu', ...; None: the GPU where there is one
-)->torch.device: # Device
+)->torch.device: # Device; raises `BadInput` where there is no such device
     "Pick the device to compute on."
-    return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try: return torch.empty(1, device=device).cpu().device and torch.device(device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e:
+        why = (str(e).strip() or repr(e)).splitlines()[0]
+        raise BadInput(f'device {device!r}: not on this machine ({why}): give cpu or cuda, or leave it out') from None
 
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 

@@ -98,8 +98,8 @@ FAULTS = [
      "if isinstance(part, torch.optim.Optimizer): continue; was['param_groups']", 'tests/test_finetune.py -k stop'),
     ('parts/training', 'able = was==', 'able = False and was==', 'tests/test_sessions.py'),
     ('parts/weights', 'if table.missing: why', 'if False: why', 'tests/test_finetune.py -k "refused or donor"'),
-    ('parts/weights', "try: state = torch.load(path, map_location='cpu', weights_only=True)",
-     "try: state = torch.load(path, map_location='cpu', weights_only=False)", 'tests/test_finetune.py -k refused'),
+    ('parts/weights', "state = torch.load(path, map_location='cpu', weights_only=True)",
+     "state = torch.load(path, map_location='cpu', weights_only=False)", 'tests/test_finetune.py -k refused'),
     # Videos, boxes, crops
     ('parts/core', 'if not lives: f.unlink()', 'pass', 'tests/test_sessions.py -k swept'),
     ('parts/core', 'psutil.pid_exists(int(of[1]))', 'False', 'tests/test_sessions.py -k swept'),
