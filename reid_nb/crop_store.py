@@ -8,15 +8,15 @@ __all__ = ['log', 'MAX_KEY', 'KEY_PATTERNS', 'Item', 'REPORTS', 'STORE_SCHEMA', 
            'folder_source', 'measure_item', 'chain_digest', 'PackState', 'open_lmdb', 'put_picture', 'add_batch',
            'open_reader', 'close_readers', 'keep_inherited', 'begin_reading', 'parse_notes', 'read_shard',
            'find_shards', 'mean_std', 'CropStore', 'map_in_threads', 'write_records', 'check_pages', 'find_begun',
-           'lock_and_clean', 'pack', 'CropDataset', 'video_source', 'find_lmdb', 'read_keys', 'old_source',
-           'lmdb_source', 'shard_source', 'verify_store', 'count_store', 'sample_sheet', 'export_crops', 'reid_pack']
+           'pack', 'CropDataset', 'video_source', 'find_lmdb', 'read_keys', 'old_source', 'lmdb_source', 'shard_source',
+           'verify_store', 'count_store', 'sample_sheet', 'export_crops', 'reid_pack']
 
 # %% ../nbs/02_lmdb.ipynb #b5095a65
 import hashlib, json, logging, os, re, shutil, threading, warnings, weakref, zlib
 from array import array
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -514,17 +514,6 @@ def find_begun(
         raise BadInput(f'{store}: was begun with other pictures: delete it, or name another file')
     return state
 
-# %% ../nbs/02_lmdb.ipynb #e31e52f4
-@contextmanager
-def lock_and_clean(
-    target, # As for `lock`
-): # Raises as `lock`
-    "Hold the right to write `target`, alone, and leave no hidden file behind."
-    target = Path(target)
-    with lock(target):
-        try: yield
-        finally: (target/'.lock' if target.is_dir() else target.with_name(f'.{target.name}.lock')).unlink()
-
 # %% ../nbs/02_lmdb.ipynb #4075eb6e
 def pack(
     crops, # Folder of pictures, or a `Source`
@@ -536,7 +525,7 @@ def pack(
     source, store = crops if isinstance(crops, Source) else folder_source(crops), Path(store)
     if store.is_dir(): raise BadInput(f'{store}: a folder, not a store')
     store.parent.mkdir(parents=True, exist_ok=True)
-    with lock_and_clean(store):
+    with lock(store):
         state = find_begun(store, source)
         try:
             if not state.finished:
@@ -566,7 +555,9 @@ class CropDataset:
             raise BadInput(f'{self.store.path}: no city {", ".join(sorted(unknown))} in it, '
                            f'only {", ".join(sorted(set(found.tolist())))}')
         self.idx = np.flatnonzero(np.isin(found, list(cities))) if cities else np.arange(len(found))
-        self._broken = torch.zeros(len(self.idx), dtype=torch.bool).share_memory_()
+        self._broken = torch.zeros(len(self.idx), dtype=torch.bool)
+        # with no shared memory to be had, each process knows of what it has read itself
+        with suppress(RuntimeError, OSError): self._broken.share_memory_()
 
     def __len__(self): return len(self.idx)
 
@@ -776,7 +767,7 @@ def export_crops(
     "Write every crop as a file again, `<key>.jpg`."
     root = os.path.realpath(dest)
     os.makedirs(root, exist_ok=True)
-    with lock_and_clean(root):
+    with lock(root):
         for i, key in enumerate(tqdm(store.keys.tolist(), 'export', disable=not progress)):
             path = os.path.normpath(os.path.join(root, os.fsdecode(key) + '.jpg'))
             if not path.startswith(root + os.sep):

@@ -253,6 +253,6 @@ def parse_size(
     "Read the height and width of the network's input."
     text = size if isinstance(size, str) else ' '.join(map(str, size))
     parts = text.lower().replace('x', ' ').split()
-    if len(parts)!=2 or not all(p.isdigit() and 16<=int(p)<=1024 for p in parts):
+    if len(parts)!=2 or not all(p.isascii() and p.isdigit() and 16<=int(p)<=1024 for p in parts):
         raise BadInput(f'size {size!r} is not HEIGHTxWIDTH in pixels, such as 256x128')
     return int(parts[0]),int(parts[1])
