@@ -13,6 +13,11 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 
+# OpenCV reads these when it is loaded. A picture of a few bytes may claim to be as large as a city, and what is
+# wrong with a picture is said by us, with its name.
+os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(2**26))
+os.environ.setdefault('OPENCV_LOG_LEVEL', 'OFF')
+
 import cv2
 import numpy as np
 import psutil
@@ -223,7 +228,8 @@ def decode(
     jpeg:bytes, # A picture
 )->np.ndarray: # uint8[h,w,3] RGB, or None for a broken one
     "Decode a picture."
-    bgr = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR) if jpeg else None
+    try: bgr = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR) if jpeg else None
+    except cv2.error: bgr = None    # it claims to have more pixels than are allowed
     return None if bgr is None else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
 # %% ../../nbs/parts/00_core.ipynb #9e7911ac
@@ -231,10 +237,9 @@ def read_rgb(
     path, # A picture
 )->np.ndarray: # uint8[h,w,3]; raises `BadInput` for a broken picture
     "Read a picture as RGB."
-    data = np.fromfile(path, np.uint8)
-    bgr = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
-    if bgr is None: raise BadInput(f'{path}: not a picture that can be read')
-    return bgr[..., ::-1]
+    rgb = decode(Path(path).read_bytes())
+    if rgb is None: raise BadInput(f'{path}: not a picture that can be read')
+    return rgb
 
 # %% ../../nbs/parts/00_core.ipynb #d01f381d
 def choose(
