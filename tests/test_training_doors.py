@@ -419,7 +419,7 @@ class Bomb:
 
 @pytest.mark.parametrize('call', [(open, ('bomb-went-off','w')), (os.system, ('touch bomb-went-off',)),
                                   (eval, ('1+1',)), (np.load, ('x',)), (np.dtype, ('O',)),
-                                  (getattr, ('','upper'))], ids=str)
+                                  (getattr, ('','upper'))], ids='open system eval load dtype getattr'.split())
 def test_code_does_not_run(donor, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for state in ({'state_dict': donor, 'epoch': Bomb(*call)}, Bomb(*call)):
