@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['THOROUGH_PLAN', 'SMALL_PLAN', 'SEEN', 'UNSEEN', 'STARTS', 'ENROLLED', 'QUESTIONS', 'STYLE', 'PICTURES',
-           'reid_quickstart', 'Plan', 'Steps', 'QuietHandler', 'serve_folder', 'first_look', 'collect', 'learn',
-           'histogram_features', 'city_of', 'measure_all', 'row_of', 'score_table', 'recognise', 'html_table',
-           'html_image', 'draw_roc', 'answer_html', 'write_report', 'claim', 'show_table', 'expected', 'quickstart']
+           'reid_quickstart', 'Plan', 'read_note', 'Steps', 'QuietHandler', 'serve_folder', 'first_look', 'collect',
+           'learn', 'histogram_features', 'city_of', 'measure_all', 'row_of', 'score_table', 'recognise', 'html_table',
+           'html_image', 'draw_roc', 'answer_html', 'write_report', 'claim', 'show_table', 'expected', 'walk_street',
+           'quickstart']
 
 # %% ../nbs/07_quickstart.ipynb #e542b20b
 import base64, functools, html, io, json, threading, time
@@ -19,7 +20,7 @@ import numpy as np
 import psutil
 from tqdm.auto import tqdm
 
-from .parts.core import atomic_write, BadInput, command, rng_of, write_image
+from .parts.core import atomic_write, BadInput, command, lock, rng_of, write_image
 from .parts.toy_city import build_toy, CAMERAS, compose, expose, make_person, plan_walk, PORTO
 
 # %% ../nbs/07_quickstart.ipynb #01b3cab6
@@ -40,6 +41,18 @@ THOROUGH_PLAN = Plan(pretrain_epochs=12, finetune_epochs=40, seeds=3)
 SMALL_PLAN = Plan(n_street=8, n_train=6, n_test=6, pretrain_epochs=1, finetune_epochs=2)
 
 # %% ../nbs/07_quickstart.ipynb #e4457b11
+def read_note(
+    path:Path, # JSON that an earlier walk wrote
+    *keys, # That it must have
+)->dict: # Raises `BadInput` for a damaged one
+    "Read what an earlier walk has written down."
+    try:
+        note = json.loads(path.read_text(encoding='utf-8'))
+        for k in keys: note[k]
+    except (ValueError, LookupError, TypeError):
+        raise BadInput(f'{path}: damaged: delete it, and the same command goes on') from None
+    return note
+
 class Steps:
     "Run each named step once and read a finished one back from its record; a bar shows the minutes left."
     def __init__(self,
@@ -59,7 +72,7 @@ class Steps:
         record,head = self.dest/'steps'/f'{name}.json',f'[{len(self.results)+1}/{len(self.seconds)}] {title}'
         if record.exists():
             tqdm.write(f'{head}: stands')
-            self.results[name] = json.loads(record.read_text(encoding='utf-8'))
+            self.results[name] = read_note(record, 'result', 'title', 'seconds')
             return self.results[name]['result']
         tqdm.write(f'{head} ...')
         self.began = time.monotonic()
@@ -339,9 +352,9 @@ def write_report(
 def claim(dest, settings):
     "Make `dest` the folder of this walk; raises `BadInput` if it is another's."
     note = Path(dest)/'walk.json'
-    if note.exists() and json.loads(note.read_text()) != settings:
+    if note.exists() and read_note(note) != settings:
         raise BadInput(f'{dest}: holds a walk with other settings: name another folder with --dest, or delete it')
-    if not note.exists() and Path(dest).exists() and any(Path(dest).iterdir()):
+    if not note.exists() and {p.name for p in Path(dest).glob('*')} - {'.lock'}:
         raise BadInput(f'{dest}: is not empty, and not a walk of mine: name another folder with --dest')
     with atomic_write(note) as f: json.dump(settings, f)
 
@@ -364,16 +377,14 @@ def expected(plan):
                 **dict.fromkeys(measured, score), calibrate=score, **{f'enrol_{n}': 2.5 for n in ENROLLED},
                 **{f'ask_{i}': 1.5 for i in range(len(QUESTIONS))}, roc=2)
 
-def quickstart(
-    dest:str='quickstart', # Folder for everything; a second walk goes on with what stands there
-    seed:int=0, # Of the city, the weights, the batches
-    small:bool=False, # A walk of a minute, with too few people to mean anything
-    thorough:bool=False, # Train longer, and with three seeds
-)->Path: # The report; raises `BadInput` where `dest` is taken, and what the steps raise
-    "Walk the whole street, from a toy city to a recognised person."
-    t,d = time.perf_counter(),Path(dest)
-    if small and thorough: raise BadInput('a walk is either small or thorough')
-    plan = SMALL_PLAN if small else THOROUGH_PLAN if thorough else Plan()
+# %% ../nbs/07_quickstart.ipynb #bbcb7dbb
+def walk_street(
+    d:Path, # Folder for everything
+    plan:Plan, # How much of it
+    seed:int, # Of the city, the weights, the batches
+)->Path: # The report; raises `BadInput` where `d` is taken
+    "Walk, or go on with a walk, and print what came of it."
+    t = time.perf_counter()
     claim(d, json.loads(json.dumps(dict(seed=seed, plan=asdict(plan)))))
     steps = Steps(d, expected(plan), write_report)
     print(f'look on while it grows: {(d/"report.html").absolute().as_uri()}', flush=True)
@@ -397,6 +408,19 @@ def quickstart(
           f'peak memory {steps.peak/2**30:.1f} GB')
     print(f'report: {report}\nnext: {next_step}')
     return report
+
+# %% ../nbs/07_quickstart.ipynb #e5776dfa
+def quickstart(
+    dest:str='quickstart', # Folder for everything; a second walk goes on with what stands there
+    seed:int=0, # Of the city, the weights, the batches
+    small:bool=False, # A walk of a minute, with too few people to mean anything
+    thorough:bool=False, # Train longer, and with three seeds
+)->Path: # The report; raises `BadInput` where `dest` is taken, and what the steps raise
+    "Walk the whole street, from a toy city to a recognised person."
+    if small and thorough: raise BadInput('a walk is either small or thorough')
+    Path(dest).mkdir(parents=True, exist_ok=True)
+    with lock(dest):
+        return walk_street(Path(dest), SMALL_PLAN if small else THOROUGH_PLAN if thorough else Plan(), seed)
 
 # %% ../nbs/07_quickstart.ipynb #8fdd0872
 reid_quickstart = command(quickstart)

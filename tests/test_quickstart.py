@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from reid_nb.parts.core import lock
+
 @pytest.fixture(scope='module')
 def walk(run, tmp_path_factory):
     dest = tmp_path_factory.mktemp('walk')/'quickstart'
@@ -86,6 +88,18 @@ def test_a_taken_folder_is_left_alone(tmp_path, run):
 def test_another_seed_needs_another_folder(tmp_path, run):
     (tmp_path/'walk.json').write_text(json.dumps(dict(seed=1)))
     refused(run('reid_quickstart', '--dest', tmp_path), 'other settings')
+
+def test_two_walks_in_one_folder(tmp_path, run):
+    with lock(tmp_path):
+        got = run('reid_quickstart', '--dest', tmp_path, '--small')
+    assert got.returncode == 2 and got.stderr.startswith('reid_quickstart: ') and 'another process' in got.stderr, got
+    assert not any(tmp_path.iterdir())
+
+@pytest.mark.parametrize('text', ['', '{"seed"', '[]'])
+def test_a_damaged_record_is_named(tmp_path, run, text):
+    (tmp_path/'walk.json').write_text(text)
+    got = run('reid_quickstart', '--dest', tmp_path, '--small')
+    assert got.returncode == 2 and 'walk' in got.stderr and len(got.stderr.strip().splitlines()) == 1, got
 
 def test_small_and_thorough_exclude_each_other(tmp_path, run):
     refused(run('reid_quickstart', '--small', '--thorough', '--dest', tmp_path/'walk'), 'small or thorough')
