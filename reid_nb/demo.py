@@ -10,10 +10,10 @@ __all__ = ['ANSWER_KINDS', 'MAX_FRAMES', 'MAX_MINUTES', 'MAX_PIXELS', 'MAX_MB', 
            'show_outcome', 'DemoBackend', 'reply_updates', 'connect_buttons', 'clip_inputs', 'slider_updates',
            'submit_buttons', 'answer_column', 'rate_input', 'enrollment_tab', 'verification_tab', 'identification_tab',
            'merged_names', 'gallery_tab', 'build_demo', 'read_login', 'notebook_names', 'host_of', 'OwnPagesOnly',
-           'launch', 'serve_demo', 'demo']
+           'check_address', 'launch', 'serve_demo', 'demo']
 
 # %% ../nbs/08_demo.ipynb #e68d986a
-import base64, hmac, html, ipaddress, os, re, sqlite3, sys, tempfile, threading, traceback
+import base64, hmac, html, ipaddress, os, re, socket, sqlite3, sys, tempfile, threading, traceback
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import wraps
@@ -673,16 +673,22 @@ FONTS = dict(font=['system-ui', 'sans-serif'], font_mono=['monospace'])   # none
 COLOURS = dict(button_primary_background_fill='*primary_600', color_accent='*primary_600') | {
     f'{k}_text_color': '*neutral_600' for k in ('block_label', 'block_title', 'block_info')}
 
+def check_address(host, port):
+    "Raise `BadInput` where nothing can listen."
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    try: socket.create_server((host.strip('[]'), port or 0), family=family).close()
+    except (OSError, OverflowError) as e:
+        raise BadInput(f'{host}, port {port}: {getattr(e, "strerror", None) or e}: give another --port, '
+                       'or another --host') from None
+
 def launch(app, host, port, share, **kw):
     "Launch the app; whatever goes wrong is one line."
+    check_address(host, port)
     theme = gr.themes.Default(primary_hue='blue', **FONTS).set(**COLOURS)
     fixed = dict(footer_links=[], ssr_mode=False, mcp_server=False, max_file_size=f'{MAX_MB}mb', theme=theme)
     try:
         with no_proxies(outside=share):
             return app.launch(server_name=host, server_port=port, share=share, **fixed, **kw)
-    except (OSError, OverflowError):
-        raise BadInput(f'{host}: port {port or "7860 and the next hundred"} cannot be used, perhaps it is taken: '
-                       'name another with --port') from None
     except Exception as e:
         raise BadInput(f'the page cannot be started: {type(e).__name__}: {" ".join(str(e).split())}') from e
 
