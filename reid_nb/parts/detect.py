@@ -314,10 +314,10 @@ def detect(
         jobs, failed, seen = plan_detection(found, dest, weights, every)
         written, more = run_jobs(detect_video, jobs, workers, engine, 'detect')
     say_anew(seen['changed'], more)
+    raise_failures(failed + more, len(failed) + len(jobs))
     empty = [pkl for pkl in written if weights == 'motion' and not len(read_dets(pkl).frame)]
     if empty: log.warning('nobody found in %d of %d videos, the first is that of %s: %s',
                           len(empty), len(written), empty[0], ONLY_MOTION)
-    raise_failures(failed + more, len(failed) + len(jobs))
     if seen['foreign']: log.warning('%d detections of unknown origin are left as they are, first %s',
                                     len(seen['foreign']), seen['foreign'][0])
     return written
