@@ -21,6 +21,7 @@ from reid_nb.evaluate import (
 from reid_nb.parts.benchmarks import (
     Benchmark, check_parts, cuhk03_split, find_folder, hold_out, PARTS, PROTOCOLS, read_benchmark, read_part,
     read_set, read_split, Sample)
+from reid_nb.parts import benchmarks
 from reid_nb.parts.core import BadInput, lock
 from reid_nb.parts.metrics import (
     chance, check_answers, operating_points, open_set, rank, score_counts, select_part, split_people, tied_queries)
@@ -247,7 +248,7 @@ def cuhk(tmp_path_factory):
 SPLIT = 'cuhk03_new_protocol_config_labeled.mat'
 PAGE = b'<!DOCTYPE html><html><body>Sign in to download</body></html>'
 
-@few
+@settings(few, max_examples=25)
 @given(cut=st.floats(0, 1), hole=st.floats(0, 1), size=st.integers(0, 300),
        how=st.sampled_from(['cut', 'zeros', 'noise']))
 def test_a_split_file_that_is_cut_or_spoilt(cuhk, tmp_path_factory, cut, hole, size, how):
@@ -261,9 +262,13 @@ def test_a_split_file_that_is_cut_or_spoilt(cuhk, tmp_path_factory, cut, hole, s
         return
     assert how != 'cut' and len(names) == len(pids) and all(0 <= r.min() and r.max() < len(names) for r in rows)
 
+def test_a_reader_that_dies_is_one_line(cuhk, monkeypatch):
+    monkeypatch.setattr(benchmarks, 'LOAD_MAT', 'import os, signal; os.kill(os.getpid(), signal.SIGSEGV)')
+    with pytest.raises(BadInput, match='labeled.mat: not a split file of MATLAB 5: damaged$'): read_split(cuhk/SPLIT)
+
 def test_a_split_file_cut_at_every_place(cuhk, tmp_path):
     good = (cuhk/SPLIT).read_bytes()
-    for n in [*range(0, 200), *range(200, len(good), max(1, len(good)//200))]:
+    for n in [*range(0, 200, 40), *range(200, len(good), max(1, len(good)//15))]:
         (tmp_path/SPLIT).write_bytes(good[:n])
         with pytest.raises(BadInput, match=SPLIT): read_split(tmp_path/SPLIT)
 
