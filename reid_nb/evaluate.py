@@ -608,6 +608,7 @@ def reid_evaluate(
     "Score a checkpoint, or features made elsewhere, under a protocol."
     import matplotlib
     matplotlib.use('agg', force=False)
+    if out and Path(out).is_dir(): raise BadInput(f'{out}: a folder is there: name a file')
     curves = Path(out).with_suffix('.png') if out else None
     if curves and curves == Path(out): raise BadInput(f'{out}: the curves go there: name a .json file for the result')
     r = evaluate(ckpt, data, protocol, out=out, features=features, embed_only=embed_only, seed=seed, flip=flip,

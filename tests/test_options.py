@@ -54,7 +54,7 @@ def test_words_that_make_no_sense(name, tmp_path, monkeypatch):
     (tmp_path/'text.txt').write_text('no data\n')
     (tmp_path/'zeros.bin').write_bytes(bytes(5000))
     things = [str(tmp_path/n) for n in ('empty', 'text.txt', 'zeros.bin', 'none')]
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(words_of(name, things))
     def check(words):
         code, err = call(name, words, tmp_path)

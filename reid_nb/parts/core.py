@@ -129,9 +129,10 @@ def atomic_write(
     path, # File to make
     mode:str='w', # 'w' or 'wb'
     **kw, # For `open`; text is UTF-8
-): # Yields the open file; raises what `open` and the block raise, and then leaves `path` as it was
+): # Yields the open file; raises `BadInput` for a folder, and what `open` and the block raise: `path` is as it was
     "Write a file that appears under its name only when it is complete."
     path = Path(path)
+    if path.is_dir(): raise BadInput(f'{path}: a folder is there: name a file')
     if 'b' not in mode: kw.setdefault('encoding', 'utf-8')
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep_unfinished(path.parent)
