@@ -446,7 +446,8 @@ class Session:
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
                 why = (str(e).strip() or repr(e)).splitlines()[0]
                 raise BadInput(f'{self.files.newest} is of another program ({why}): give another --out') from None
-        else: self.save(); self.stop_if_odd()
+        else: self.save()
+        self.stop_if_odd()  # all of them: a slower process may read what the first has written just now
 
     def restore(self, state):
         "Put everything to where a state has it."
