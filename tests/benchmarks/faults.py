@@ -226,7 +226,7 @@ def main():
     survived, begun = [], time.monotonic()
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp)/'copy'
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.venv', '_proc', '_docs', 'screenshots'))
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns('.git', '.venv', '_proc', '_docs', 'screenshots'))
         for k, (module, old, new, tests) in chosen:
             before = plant(copy, module, old, new)
             state = 'NO SUCH PLACE' if before is None else 'dies' if dies(copy, tests) else 'SURVIVES'
