@@ -18,7 +18,7 @@ from fastcore.meta import delegates
 
 from .parts.core import BadInput, command
 from .parts.film import draw_film, LABEL_GREY
-from .parts.gallery import as_json, clean_name, Gallery, log_event, read_crop
+from .parts.gallery import as_json, clean_name, Gallery, log_event, lookalikes, read_crop
 from .parts.tracks import (
     describe, find_tracks, frame_times, load_matcher, make_template, progress_bar, require_usable, Shot, Template,
     Track, visible_intervals)
@@ -68,7 +68,7 @@ def enroll(
         raise BadInput(f'{here}: person {track}: {why.get(track, "no such number")}')
     template, here = make_template(chosen[0], matcher), Gallery(gallery, matcher, create=True)
     from_here = min(t['high'] for t in here.thresholds.values())
-    alike = here.lookalikes(name, template.feature, from_here) if here.names() else []
+    alike = lookalikes(here, name, template.feature, from_here) if here.names() else []
     return here.add(name, template, consent) | dict(alike=alike)
 
 # %% ../nbs/06_biometrics.ipynb #d967fe1f

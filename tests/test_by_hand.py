@@ -63,7 +63,8 @@ def test_what_is_missing_is_listed_and_repaired(run, root):
     done = run('reid_gallery', '--gallery', root, '--repair')
     assert 'Red: 1 crops missing or damaged, struck off' in done.stderr and 'Blue: erased' in done.stderr, done
     here = gal.Gallery(root)
-    assert here.names() == ['Red'] and (here.templates('Red')[1] == before).all() and here.missing_crops() == []
+    assert here.names() == ['Red'] and (here.templates('Red')[1] == before).all()
+    assert gal.missing_crops(here.store) == []
     assert sorted(here.samples('Red')[0]) == crops(root)
     assert 'nothing to repair' in run('reid_gallery', '--gallery', root, '--repair').stderr
     assert here.store.history()[-1][1] == 'repaired'
@@ -83,7 +84,7 @@ def test_a_folder_renamed_by_hand(root, caplog):
     here = gal.Gallery(root)
     assert here.rename('Red', 'Rot') == 'Rot' and here.rename('Rot', 'Red') == 'Red'     # crops are missing: no matter
     assert 'Rosa: renamed by hand, is Red again' in gal.repair_gallery(here)[0]
-    assert here.missing_crops() == [] and gal.repair_gallery(here) == []
+    assert gal.missing_crops(here.store) == [] and gal.repair_gallery(here) == []
 
 def test_two_folders_that_fit_are_left_alone(root):
     shutil.copytree(root/'Red', root/'A')

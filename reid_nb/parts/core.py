@@ -182,8 +182,9 @@ def walk(
     def unreadable(e): raise e
     for folder, dirs, names in os.walk(root, followlinks=True, onerror=unreadable):
         here = Path(os.path.abspath(folder))
-        above = {os.path.realpath(p) for p in (here, *here.parents)}
-        loops = [d for d in dirs if os.path.realpath(here/d) in above]
+        links = [d for d in dirs if os.path.islink(here/d)]
+        above = {os.path.realpath(p) for p in (here, *here.parents)} if links else ()
+        loops = [d for d in links if os.path.realpath(here/d) in above]
         for d in loops: log.warning(f'{folder}/{d}: a link to a folder that holds it: not followed')
         dirs[:] = sorted(d for d in dirs if d[0] != '.' and d not in loops)
         for name in sorted(names):

@@ -7,8 +7,8 @@ __all__ = ['log', 'RESERVED_NAMES', 'GALLERY_FORM', 'GALLERY_SCHEMA', 'CROP_NAME
            'best_people', 'FaissIndex', 'QdrantIndex', 'make_index', 'fold_name', 'clean_name', 'utc_now', 'log_event',
            'GalleryDatabase', 'GalleryStore', 'missing_picture', 'read_crop', 'compare_folders', 'notice_changes',
            'refuse_orphans', 'open_store', 'Identities', 'TemplateIndex', 'stack_features', 'insert_template',
-           'Gallery', 'return_folders', 'strike_off', 'repair_gallery', 'reembed_gallery', 'as_json', 'show_people',
-           'reid_gallery', 'reid_erase']
+           'note_thresholds', 'Gallery', 'lookalikes', 'missing_crops', 'return_folders', 'strike_off',
+           'repair_gallery', 'reembed_gallery', 'as_json', 'show_people', 'reid_gallery', 'reid_erase']
 
 # %% ../../nbs/parts/16_gallery.ipynb #b7fb77fa
 import json, logging, os, re, shutil, sqlite3, sys, unicodedata
@@ -559,6 +559,20 @@ def insert_template(
     db.executemany('INSERT OR REPLACE INTO samples VALUES (?,?,?,?)',
                    [(f, x.tobytes(), s.quality, t) for f, x, s in rows])
 
+# %% ../../nbs/parts/16_gallery.ipynb #9dd97f8d
+def note_thresholds(
+    store:GalleryStore, # Of the gallery
+    thresholds:dict, # Those beside the checkpoint, see `Matcher`
+):
+    "Write down new thresholds, and say that they count from now on."
+    if thresholds == json.loads(store.about()['thresholds']): return
+    log.warning(f'{store.root}: the thresholds beside the checkpoint are new, and taken from now on')
+    try:
+        with store.writing() as db:
+            db.execute("UPDATE about SET value = ? WHERE key = 'thresholds'", [json.dumps(thresholds)])
+            log_event(db, 'new thresholds', None, thresholds={k: t['high'] for k, t in thresholds.items()})
+    except sqlite3.OperationalError as e: log.warning(f'{store.root}: that is not written down: {e}')
+
 # %% ../../nbs/parts/16_gallery.ipynb #90b371c4
 class Gallery(Identities):
     "Enrolled people: crops in folders, all else in `gallery.sqlite`."
@@ -569,18 +583,8 @@ class Gallery(Identities):
     ): # Raises `BadInput` where there is none, or where it is another model's
         super().__init__(open_store(root, matcher, create))
         self.root, self.index = self.store.root, TemplateIndex(self.store)
-        self.thresholds = json.loads(self.store.about()['thresholds'])
-        if matcher and matcher.thresholds != self.thresholds: self.take_thresholds(matcher.thresholds)
-
-    def take_thresholds(self, thresholds):
-        "Decide by new thresholds from now on, and say so."
-        self.thresholds = thresholds
-        log.warning(f'{self.root}: the thresholds beside the checkpoint are new, and taken from now on')
-        try:
-            with self.store.writing() as db:
-                db.execute("UPDATE about SET value = ? WHERE key = 'thresholds'", [json.dumps(thresholds)])
-                log_event(db, 'new thresholds', None, thresholds={k: t['high'] for k, t in thresholds.items()})
-        except sqlite3.OperationalError as e: log.warning(f'{self.root}: that is not written down: {e}')
+        self.thresholds = matcher.thresholds if matcher else json.loads(self.store.about()['thresholds'])
+        if matcher: note_thresholds(self.store, matcher.thresholds)
 
     def add(self,
         name:str, # Of the person
@@ -632,24 +636,6 @@ class Gallery(Identities):
         for name, score in zip(names, (features @ probe).tolist()): best[name] = max(score, best.get(name, -1))
         return sorted(best.items(), key=lambda x: -x[1])
 
-    def lookalikes(self,
-        name:str, # Of a person, enrolled or about to be
-        feature:np.ndarray, # float32[d], a template of that person
-        threshold:float, # A score from which two templates are called one person
-    )->list: # Of (name, score), best first: other people who are as similar as that
-        "Find people who may be the same person under another name."
-        row = self.store.read('SELECT name FROM people WHERE folded = ?', fold_name(clean_name(name)))
-        names, features = self.templates()
-        best = {}
-        for other, score in zip(names, (features @ feature).tolist()):
-            if score >= threshold and (other,) not in row: best[other] = max(score, best.get(other, -1))
-        return sorted(best.items(), key=lambda x: -x[1])
-
-    def missing_crops(self)->list: # Of paths below the root
-        "List the crops that the database knows and the folders do not have."
-        return [f for f, in self.store.read('SELECT file FROM samples ORDER BY file')
-                if not (self.root/f).is_file()]
-
     def erase(self,
         name:str, # Of an enrolled person
     )->dict: # The receipt: name, number, merged, crops, templates, left (what is not ours), time
@@ -667,7 +653,28 @@ class Gallery(Identities):
         return dict(name=name, number=who, merged=[n for n in own if n != name], crops=len(files),
                     templates=n, left=left, time=utc_now())
 
+# %% ../../nbs/parts/16_gallery.ipynb #c402dbf6
+def lookalikes(
+    gallery:Gallery, # With somebody in it
+    name:str, # Of a person, enrolled or about to be
+    feature:np.ndarray, # float32[d], a template of that person
+    threshold:float, # A score from which two templates are called one person
+)->list: # Of (name, score), best first: other people who are as similar as that
+    "Find people who may be the same person under another name."
+    row = gallery.store.read('SELECT name FROM people WHERE folded = ?', fold_name(clean_name(name)))
+    names, features = gallery.templates()
+    best = {}
+    for other, score in zip(names, (features @ feature).tolist()):
+        if score >= threshold and (other,) not in row: best[other] = max(score, best.get(other, -1))
+    return sorted(best.items(), key=lambda x: -x[1])
+
 # %% ../../nbs/parts/16_gallery.ipynb #c1dd0c4c
+def missing_crops(
+    store:GalleryStore, # Of the gallery
+)->list: # Of paths below the root
+    "List the crops that the database knows and the folders do not have."
+    return [f for f, in store.read('SELECT file FROM samples ORDER BY file') if not (store.root/f).is_file()]
+
 def return_folders(store):
     "Give folders of another name their own back, by the names of their crops; returns a line for each."
     missing, strange = compare_folders(store)
@@ -725,7 +732,7 @@ def reembed_gallery(
     rows = store.read("""SELECT t.id, identity, added, consent, file, quality FROM templates t
         JOIN samples ON template = t.id ORDER BY t.id, file""")
     groups = [list(g) for _, g in groupby(rows, lambda r: r[0])]
-    if lost := gallery.missing_crops():
+    if lost := missing_crops(gallery.store):
         raise BadInput(f'{gallery.root}: {len(lost)} crops are missing, the first is {lost[0]}: '
                        '`reid_gallery --repair` first')
     for k, group in enumerate(groups):
@@ -789,7 +796,7 @@ def reid_gallery(
         from reid_nb.parts.tracks import progress_bar
         with progress_bar() as progress: reembed_gallery(here, checkpoint, progress)
     rows = here.store.history() if log else here.people()
-    gone = Counter(f.split('/')[0] for f in here.missing_crops())
+    gone = Counter(f.split('/')[0] for f in missing_crops(here.store))
     for p in [] if log else rows: p['missing'] = sum(gone[n] for n in (p['name'], *p['merged']))
     if json: print(as_json(rows))
     else: print('\n'.join(f'{t} {e} {n or ""} {d}' for t, e, n, d in rows) if log else show_people(rows))

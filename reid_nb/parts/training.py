@@ -6,8 +6,8 @@
 __all__ = ['log', 'WORDS', 'RUN_RANGES', 'random_state', 'set_random_state', 'read_state', 'get_recipe', 'read_field',
            'change_recipe', 'is_kind', 'in_range', 'check_fields', 'Run', 'rank_and_world', 'sum_over_processes',
            'any_process', 'catch_signals', 'Speed', 'try_shared_memory', 'plain_loader_errors', 'StateFiles', 'Curve',
-           'latest', 'Session', 'outcome', 'plot_history', 'Live', 'prefetch', 'gather', 'join_processes',
-           'average_statistics', 'validator']
+           'latest', 'FiniteCheck', 'Session', 'outcome', 'plot_history', 'Live', 'prefetch', 'gather',
+           'join_processes', 'average_statistics', 'validator']
 
 # %% ../../nbs/parts/14_training.ipynb #74068f7e
 import ast, errno, io, json, logging, math, multiprocessing, os, random, signal, threading, time, zipfile
@@ -367,6 +367,32 @@ def latest(
     return {k: f'{v:.3g}' for h in history[-2:] for k,v in h.items()}
 
 
+# %% ../../nbs/parts/14_training.ipynb #82fcf4f9
+class FiniteCheck:
+    "Finds the first number of a training that is not finite."
+    def __init__(self): self.waiting,self.found = deque(),None  # losses to look at; what was found, in words
+
+    def note(self, what): self.found = self.found or what
+
+    def add_loss(self,
+        step:int, # Number of the step
+        loss, # A number, or a tensor of one
+    ):
+        "Take a loss, which a GPU may not have computed yet."
+        there = None
+        value = torch.as_tensor(loss).detach().to('cpu', non_blocking=True)
+        if torch.is_tensor(loss) and loss.is_cuda: there = torch.cuda.Event(); there.record()
+        self.waiting.append((step, value, there))
+
+    def look(self,
+        wait:bool=False, # For a GPU, which may not have come to the newest yet
+    ):
+        "Look at the losses that have arrived."
+        while self.waiting and (wait or not self.waiting[0][2] or self.waiting[0][2].query()):
+            step,value,there = self.waiting.popleft()
+            if there: there.synchronize()
+            if not math.isfinite(value): self.note(f'the loss is {float(value):g} at step {step}')
+
 # %% ../../nbs/parts/14_training.ipynb #67c75600
 class Session:
     "A training that may stop at any moment and goes on when the same command is given."
@@ -381,7 +407,7 @@ class Session:
         self.end = math.inf if run.minutes is None else time.monotonic() + 60*run.minutes
         self.limit = math.inf if run.steps is None else run.steps
         self.step,self.now,self.parts,self.precision = 0,{},{},None
-        self.losses,self.odd,self.total = deque(),None,math.inf  # not yet looked at; what is not finite; steps planned
+        self.finite,self.total = FiniteCheck(),math.inf  # steps planned
         self.rank,self.world = rank_and_world()
         self.curve = Curve(None if self.rank else self.result.parent/'tensorboard')
 
@@ -419,13 +445,13 @@ class Session:
     def save(self):
         "Write the whole state, unless a number in it is not finite: then the state before is kept."
         self.saved = time.monotonic()
-        self.look_at_losses(wait=True)
+        self.finite.look(wait=True)
         if self.rank: return
         parts = {name: part.state_dict() for name,part in self.parts.items()}
         for name,part in self.parts.items():  # rates and the like are set anew
             if isinstance(part, torch.optim.Optimizer): del parts[name]['param_groups']
-        if bad := not_finite(parts): self.odd = self.odd or f'{bad} is not finite after step {self.step}'
-        if self.odd: return self.stop_if_odd() if self.world==1 else None  # several stop together, later
+        if bad := not_finite(parts): self.finite.note(f'{bad} is not finite after step {self.step}')
+        if self.finite.found: return self.stop_if_odd() if self.world==1 else None  # several stop together, later
         self.files.write(dict(settings=self.settings, precision=self.precision, step=self.step, parts=parts,
                               history=self.history, sums={k: float(v) for k,v in self.curve.sums.items()},
                               random=random_state()))
@@ -459,21 +485,13 @@ class Session:
         self.step,self.curve.history,self.curve.sums = state['step'],state['history'],state['sums']
         self.limit += self.step
 
-    def look_at_losses(self,
-        wait:bool=False, # For a GPU, which may not have come to the newest yet
-    ):
-        "Note the first loss that is no number; a GPU is never kept waiting for it in the middle of a step."
-        while self.losses and (wait or not self.losses[0][2] or self.losses[0][2].query()):
-            step,loss,there = self.losses.popleft()
-            if there: there.synchronize()
-            if not math.isfinite(loss): self.odd = self.odd or f'the loss is {float(loss):g} at step {step}'
-
     def stop_if_odd(self):
         "Stop all processes together where one of them has met a number that is not finite; raises `BadInput`."
-        self.look_at_losses(wait=self.world>1 or self.step+1>=self.total)
-        if any_process(self.odd): raise BadInput(
-            f'{self.result}: {self.odd or "the loss of another process is not finite"}: the training has diverged. The '
-            'last good state is kept, and the same command would come here again: give a smaller lr, and another --out')
+        self.finite.look(wait=self.world>1 or self.step+1>=self.total)
+        if any_process(self.finite.found): raise BadInput(
+            f'{self.result}: {self.finite.found or "the loss of another process is not finite"}: the training has '
+            'diverged. The last good state is kept, and the same command would come here again: give a smaller lr, and '
+            'another --out')
 
     def choose_precision(self,
         device, # From `pick_device`
@@ -494,10 +512,7 @@ class Session:
         **values, # Numbers of this step, or tensors of one number
     ):
         "Add numbers up; every so many steps their means become a line of `history`. The `loss` has to be finite."
-        loss,there = torch.as_tensor(values.get('loss', 0.)).detach().to('cpu', non_blocking=True),None
-        if torch.is_tensor(values.get('loss')) and values['loss'].is_cuda:
-            there = torch.cuda.Event(); there.record()
-        self.losses.append((self.step+1, loss, there))
+        self.finite.add_loss(self.step+1, values.get('loss', 0.))
         self.curve.add(values)
         if (self.step+1)%every==0: self.publish(self.curve.end_line(self.step+1, every), **self.now)
 
@@ -505,9 +520,9 @@ class Session:
         **values, # Numbers that are measured now and then, such as a validation's
     ):
         "Make a line of `history` at once; these numbers have to be finite too."
-        self.look_at_losses(wait=True)
+        self.finite.look(wait=True)
         for k,v in values.items():
-            if not math.isfinite(v): self.odd = self.odd or f'{k} is {float(v):g} at step {self.step+1}'
+            if not math.isfinite(v): self.finite.note(f'{k} is {float(v):g} at step {self.step+1}')
         self.publish(self.curve.add_line(self.step+1, values))
 
     def publish(self, line, **more):
