@@ -219,6 +219,7 @@ def identify(
     except sqlite3.OperationalError as e: outcome.notes.append(f'{gallery}: this answer is not in the log: {e}')
     return outcome
 
+# %% ../nbs/06_biometrics.ipynb #b983fcd0
 @delegates(identify, but=['claimed'])
 def verify(
     name:str, # The claimed identity
@@ -292,6 +293,7 @@ def reid_identify(
     with progress_bar() as progress: outcome = identify(video, progress=progress, **kwargs)
     print_outcome(outcome, json)
 
+# %% ../nbs/06_biometrics.ipynb #54e2adca
 @command
 @delegates(verify, but=['progress'])
 def reid_verify(

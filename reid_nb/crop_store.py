@@ -83,6 +83,7 @@ def is_report(
     top = path.parent == Path(crops)
     return path.name in REPORTS and (top or any(path.parent.glob('*/*/*/counts.json')))
 
+# %% ../nbs/02_lmdb.ipynb #93131b2d
 def list_crops(
     crops, # Folder of pictures, nested as you like; links are followed, names that begin with a dot are left out
 )->list: # (key, path) in the order of the keys' bytes; raises `BadInput` for no picture, or too long a key
@@ -126,6 +127,7 @@ def stamp_file(
     except OSError: return None
     return about.st_size, about.st_mtime_ns
 
+# %% ../nbs/02_lmdb.ipynb #8d8581bf
 def fits_folder(
     listed:list, # From `list_crops`
     stamps:list, # From `stamp_file`
@@ -283,6 +285,7 @@ def close_readers(
             env.close()
             _opened.pop(at, None)
 
+# %% ../nbs/02_lmdb.ipynb #591e29a5
 _inherited = []
 
 def keep_inherited():

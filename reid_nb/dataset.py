@@ -61,6 +61,7 @@ def crop_folder(
     "Name the folder of one video's crops."
     return Path(dest)/name.country/name.city/name.id
 
+# %% ../nbs/01_dataset.ipynb #36a647dd
 def crop_video(
     name:VideoName, # The video
     video, # Its path
@@ -131,6 +132,7 @@ def is_cut(
     counts, there = read_counts(note), {os.path.splitext(name)[0] for name in os.listdir(folder)}
     return same_origin(counts['made_from'], made_from, note) and counts['places'].keys() <= there
 
+# %% ../nbs/01_dataset.ipynb #faf2a2d2
 def plan_extraction(
     pairs:list, # From `find_pairs`
     dest, # Folder of the crops

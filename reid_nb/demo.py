@@ -79,6 +79,7 @@ def person_icon(sign, ink, known):
             f'<path d="M7 58c0-14 9-22 20-22s20 8 20 22z"/></g><circle cx="49" cy="15" r="13" fill="{ink}"/>'
             f'<text x="49" y="21" font-size="17" text-anchor="middle" fill="#fff">{sign}</text></svg>')
 
+# %% ../nbs/08_demo.ipynb #647fd3e7
 def answer_box(
     kind:str, # A key of `ANSWER_KINDS`
     title:str, # The answer
@@ -209,6 +210,7 @@ def say_errors(
         except Exception as e: raise gr.Error(complaint(e), print_exception=False) from None
     return _f
 
+# %% ../nbs/08_demo.ipynb #9c16f54b
 def serve_in_turn(
     f, # Method that returns a `Reply`; its first argument is a clip or a name, its last `progress`
 ): # A method that always returns a `Reply`
@@ -478,6 +480,7 @@ def submit_buttons():
         return [gr.Button('Submit', variant='primary', min_width=140, scale=3),
                 gr.Button('Cancel', min_width=100, scale=1)]
 
+# %% ../nbs/08_demo.ipynb #62460d12
 def answer_column():
     "Answer and film."
     with gr.Column(min_width=300):
@@ -535,6 +538,7 @@ def identification_tab(backend, examples):
 # %% ../nbs/08_demo.ipynb #4edfddf5
 def merged_names(people): return [n for p in people for n in p['merged']]
 
+# %% ../nbs/08_demo.ipynb #bd950968
 def gallery_tab(backend):
     "The tab to look after the gallery; returns its lists of people."
     with gr.Tab('Gallery') as tab, gr.Row():

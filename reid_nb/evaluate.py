@@ -95,6 +95,7 @@ def some_of_each(
     keep[order] = crops is None or np.arange(len(pids)) - first < crops
     return keep
 
+# %% ../nbs/05_evaluate.ipynb #f78f2246
 def identification_rate(
     benchmark:Benchmark, # With a protocol
     qf, # float[q,d]
@@ -170,6 +171,7 @@ def attempt(
     try: return f(*args)
     except BadInput as e: notes.append(f'no {what}: {e}')
 
+# %% ../nbs/05_evaluate.ipynb #c0a6a5fa
 def split_figures(
     benchmark:Benchmark, # With a protocol
     qf, # float[q,d]
@@ -284,6 +286,7 @@ def find_drift(
     return ('impostor scores are not as they were when the thresholds were chosen '
             f'(stability index {psi:.2f}, above 0.25): choose them anew on data like this')
 
+# %% ../nbs/05_evaluate.ipynb #c197732e
 def check_drift(
     thresholds:dict, # Of `read_thresholds`
     benchmark:Benchmark, # With a protocol
@@ -453,6 +456,7 @@ def plot_roc(
     fig.tight_layout()
     return fig
 
+# %% ../nbs/05_evaluate.ipynb #22667ff5
 def write_curves(
     path, # PNG file
     result:dict, # Of `evaluate`

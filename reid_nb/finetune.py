@@ -124,6 +124,7 @@ def seeded(
     try: yield
     finally: random.setstate(was[0]); np.random.set_state(was[1])
 
+# %% ../nbs/04_finetune.ipynb #990bea64
 def pk_batches(
     samples:list, # (path, pid, ...) tuples
     batch:int, # Images a step: P times K
@@ -230,6 +231,7 @@ class SessionLoader:
     def __len__(self): return self.total-self.session.step
     def __iter__(self): return self.session.steps(self.batches, self.total, 'fine-tuning', self.batch)
 
+# %% ../nbs/04_finetune.ipynb #8a1ebe18
 class Trainer(Engine):
     "torchreid's engine with a recipe, half precision and a session; the loop is its `train`."
     def __init__(self,
@@ -307,7 +309,6 @@ class Trainer(Engine):
         if due: session.record_now(**self.validate(self.result.eval()))
         if due or self.frozen(done)!=self.frozen(done-1): self.train_mode(self.frozen(done))
 
-
 # %% ../nbs/04_finetune.ipynb #7243fd2e
 def check_batch(
     r:Recipe, # Where batch, instances and losses must go together
@@ -322,6 +323,7 @@ def check_batch(
     raise BadInput(f'batch={r.batch} with instances={r.instances}: a batch is some people with {r.instances} pictures '
                    f'each: give a batch of {near[0]} or {near[1]}, or other instances')
 
+# %% ../nbs/04_finetune.ipynb #e8bfc734
 def train_model(
     session:Session, # New, of the right settings
     rec:Recipe, # How
@@ -404,6 +406,7 @@ def score(
     return rank(bench, *[embed(model, meta, [s.path for s in part])
                          for part in (bench.query, bench.gallery)])
 
+# %% ../nbs/04_finetune.ipynb #cf0ed54b
 def controls(
     data, # See `finetune`
     inits:dict, # Name to first weights; None for random ones
@@ -427,6 +430,7 @@ def controls(
         cells[name,share] = found
     return cells
 
+# %% ../nbs/04_finetune.ipynb #b1624b90
 def print_controls(
     cells:dict, # From `controls`
 ):
@@ -435,7 +439,6 @@ def print_controls(
     for (name,share),runs in cells.items():
         each = [100*np.array([s.figures()[k] for s in runs]) for k in ('rank1','mAP')]
         print(f'{share:<8.0%}{name:<12}' + ''.join(f'{x.mean():8.1f} ±{x.std(ddof=1):4.1f}' for x in each))
-
 
 # %% ../nbs/04_finetune.ipynb #92852a00
 @command

@@ -53,6 +53,7 @@ def read_note(
         raise BadInput(f'{path}: damaged: delete it, and the same command goes on') from None
     return note
 
+# %% ../nbs/07_quickstart.ipynb #db858597
 class Steps:
     "Run each named step once and read a finished one back from its record; a bar shows the minutes left."
     def __init__(self,
@@ -140,6 +141,7 @@ def first_look(dest, seed):
     write_image(dest/'figures'/'city.png', np.hstack(frames))
     return 'figures/city.png'
 
+# %% ../nbs/07_quickstart.ipynb #f3df8388
 def collect(steps, plan, seed):
     "Make the toy city, download its videos, cut the crops, pack them."
     from reid_nb.crop_store import pack, sample_sheet
@@ -208,6 +210,7 @@ def histogram_features(root, path):
 
 def city_of(part): return part.split('/')[0]
 
+# %% ../nbs/07_quickstart.ipynb #87aa24de
 def measure_all(steps, checkpoints, seed):
     "Score everything in both cities, and MoCo against the other two; the results are `results/*.json`."
     from reid_nb.evaluate import evaluate
@@ -325,6 +328,7 @@ def answer_html(a, folder):
             f'<pre>{html.escape(a["text"])}\ntruth: {html.escape(a["truth"])}</pre>'
             + html_image((folder/a['picture']).read_bytes(), 'the most similar pair: clip, gallery'))
 
+# %% ../nbs/07_quickstart.ipynb #f6ca72f0
 def write_report(
     steps, # `Steps`, all done or some of them
     next_step:str='', # A command, at the end

@@ -116,6 +116,7 @@ def align_video(
     with atomic_write(Path(made).with_suffix('.json')) as f: json.dump(verdict, f)
     return verdict
 
+# %% ../../nbs/parts/07_align.ipynb #7e198a61
 VERDICT = ('{video:<40}{state:<12}{lines:>5} lines{offset:>+4} frames  '
            'IoU {iou:.2f} of {boxes} boxes')
 
@@ -167,6 +168,7 @@ def align(
     raise_failures(failed + more, len(failed) + len(jobs))
     return read_verdicts(dest)
 
+# %% ../../nbs/parts/07_align.ipynb #3cb44a7d
 def plan_alignment(
     pairs:list, # From `find_pairs`
     dest, # Folder for the mended detections
@@ -187,6 +189,7 @@ def plan_alignment(
         jobs.append((video, pkl, made, options, stamp))
     return jobs, failed, changed
 
+# %% ../../nbs/parts/07_align.ipynb #08cbe3a0
 def record_verdicts(
     videos, # Folder of videos; where it has a census, its states are set
     found:list, # From `read_verdicts`

@@ -262,6 +262,7 @@ def check_made(
     if not same: raise BadInput(f'{folder}: not what {mat.name} beside it holds now: delete this folder, '
                                 'and it is made anew')
 
+# %% ../../nbs/parts/08_benchmarks.ipynb #f5f95512
 def unpack_cuhk03(
     mat, # Path of cuhk-03.mat
 )->Path: # Folder beside it, with `detected`, `labeled` and tests.json; raises `BadInput`, `OSError`
@@ -330,6 +331,7 @@ def people_of(
     "Find the people behind pids: in the classic protocol a person has another pid in each split."
     return pids % SPLIT_PIDS if benchmark.protocol.rule is other_split else pids
 
+# %% ../../nbs/parts/08_benchmarks.ipynb #0c2783be
 def join_splits(
     samples:list, # Of `Sample`, from cameras 1 and 2
     tests:list, # For each split, the pids of its people
@@ -387,6 +389,7 @@ def whole_numbers(
         raise ValueError(f'numbers that are not {low} to {high}, and whole')
     return x.astype(int)
 
+# %% ../../nbs/parts/08_benchmarks.ipynb #1097161c
 LOAD_MAT = """
 import sys, numpy as np
 from scipy.io import loadmat
@@ -406,6 +409,7 @@ def load_split(
         return dict(np.load(io.BytesIO(done.stdout)))
     except ValueError as e: raise BadInput(f'{config}: not a split file of MATLAB 5: {e}') from None
 
+# %% ../../nbs/parts/08_benchmarks.ipynb #1432a75a
 def read_split(
     config, # Path of cuhk03_new_protocol_config_*.mat
 )->tuple: # Names of pictures, int[n] identities, and for `PARTS` int[k], places in the two; raises `BadInput`

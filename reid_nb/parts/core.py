@@ -72,6 +72,7 @@ def is_script(
     return (frame.f_code.co_name == '<module>' and frame.f_globals['__name__'] == '__main__'
             and '__file__' in frame.f_globals)
 
+# %% ../../nbs/parts/00_core.ipynb #3da2515f
 def command(
     f, # The function to offer as a command; its docments become the `--help`
     show=None, # Makes the text to print of what `f` returns; prints nothing where it is None
@@ -124,6 +125,7 @@ def sweep_unfinished(
                      else time.time() - f.stat().st_mtime < 86400)   # of another machine we know only the age
             if not lives: f.unlink()
 
+# %% ../../nbs/parts/00_core.ipynb #81dc81a1
 @contextmanager
 def atomic_write(
     path, # File to make

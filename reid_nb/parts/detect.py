@@ -37,6 +37,7 @@ def check_weights(
     file = weights.partition('::')[0]
     if os.sep in file and not os.path.isfile(file): raise BadInput(f'{file}: no such file')
 
+# %% ../../nbs/parts/06_detect.ipynb #8b84162f
 @lru_cache(1)   # loaded once, however many clips follow
 def yolo_boxes(
     weights:str, # An Ultralytics model, by path or by a name such as `yolo11n.pt` (downloaded), and behind `::` the
@@ -225,6 +226,7 @@ def same_origin(
     if 'modified' not in was and note.stat().st_mtime_ns <= now['modified']: return False
     return all(was.get(k) in (None, v) or v is None for k, v in now.items())
 
+# %% ../../nbs/parts/06_detect.ipynb #36211564
 def judge_dets(
     pkl:Path, # Detections, which are there
     made_from:dict, # From `detect_stamp`

@@ -82,6 +82,7 @@ def read_dets(
         raise BadInput(f'{path}: a frame, number or height that cannot be')
     return Dets('LUPerson-NL' if nl else 'LUPerson', *ids.T, box, conf, height, fps)
 
+# %% ../../nbs/parts/04_detections.ipynb #cb5538a1
 def write_dets(
     path, # File to make
     d:Dets, # Detections

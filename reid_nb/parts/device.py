@@ -41,6 +41,7 @@ def pick_precision(
     if precision: return choose(PRECISIONS, precision, 'precision')
     return 'bf16' if has_bf16(device) else 'fp16' if device.type=='cuda' else 'fp32'
 
+# %% ../../nbs/parts/10_device.ipynb #b3545376
 def autocast(
     device, # From `pick_device`
     precision:str=None, # See `pick_precision`
@@ -48,7 +49,6 @@ def autocast(
     "Compute in half precision inside the block."
     dtype = PRECISIONS[pick_precision(device, precision)]
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
 
 # %% ../../nbs/parts/10_device.ipynb #2860eae0
 @lru_cache

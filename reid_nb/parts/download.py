@@ -86,6 +86,7 @@ def check_census(
     columns = [row[1] for row in db.execute('PRAGMA table_info(videos)')]
     if tables and columns != COLUMNS: raise BadInput(f'{path}: a database of something else: move it away')
 
+# %% ../../nbs/parts/05_download.ipynb #2b951d93
 def open_census(
     dest, # Folder of the videos
     vnames, # The list

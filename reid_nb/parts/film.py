@@ -57,6 +57,7 @@ def add_h264_stream(f, height, width, most):
     s.pix_fmt, s.codec_context.time_base = 'yuv420p', Fraction(1, 1000)
     return s
 
+# %% ../../nbs/parts/17_film.ipynb #a5276a07
 def draw_film(
     video, # Path of a clip
     out, # File to make, .mp4

@@ -367,6 +367,7 @@ def refuse_orphans(store):
     if crops: raise BadInput(f'{store.root}: {store.path.name} is gone, and {crops.parent.name} still has crops: '
                              'put it back from a copy, or take another folder')
 
+# %% ../../nbs/parts/16_gallery.ipynb #e93d38c2
 def open_store(
     root, # Folder of the gallery
     matcher=None, # `Matcher` whose templates these must be; None: any
@@ -690,6 +691,7 @@ def return_folders(store):
             lines.append(f'{fits[0]}: renamed by hand, is {name} again; --rename gives a person another name')
     return lines
 
+# %% ../../nbs/parts/16_gallery.ipynb #4281bde6
 def strike_off(db, lost):
     "Delete crops from the database, and whoever has none left; returns how many templates, and the names."
     db.executemany('DELETE FROM samples WHERE file = ?', [(f,) for f in lost])
@@ -801,6 +803,7 @@ def reid_gallery(
     if json: print(as_json(rows))
     else: print('\n'.join(f'{t} {e} {n or ""} {d}' for t, e, n, d in rows) if log else show_people(rows))
 
+# %% ../../nbs/parts/16_gallery.ipynb #81b54afe
 @command
 def reid_erase(
     name:str, # Of an enrolled person

@@ -165,6 +165,7 @@ def check_features(
     (_, a), (_, b) = np.shape(qf), np.shape(gf)
     if a != b: raise BadInput(f'features of {a} numbers for the query, of {b} for the gallery')
 
+# %% ../../nbs/parts/09_metrics.ipynb #7ee01478
 def multiplier(
     gf:np.ndarray, # float32[g,d]
 )->Callable: # Function: float32[n,d] -> float32[n,g], its product with `gf` transposed
@@ -358,6 +359,7 @@ def check_rerank(
            for q in benchmark.query):
         raise BadInput(f'{name}: re-ranking needs one gallery for all queries')
 
+# %% ../../nbs/parts/09_metrics.ipynb #3d972692
 def rerank_distances(
     benchmark:Benchmark, # With a protocol
     qf, # float[q,d]
@@ -556,6 +558,7 @@ def missed(
     alarm = np.quantile(best[~known], 1 - fpir, method='higher')
     return 1 - (right & (best > alarm[:, None]))[:, possible].mean(1)
 
+# %% ../../nbs/parts/09_metrics.ipynb #2d714779
 def open_set(
     benchmark:Benchmark, # With a protocol
     qf, # float[q,d]

@@ -59,6 +59,7 @@ def resnet(arch):
             part.bn1 = IBN(part.bn1.num_features)
     return list(net.named_children())[:-2],8*width*block.expansion
 
+# %% ../../nbs/parts/11_models.ipynb #30a8acf9
 def osnet(arch):
     "Make the parts of torchreid's OSNet (Zhou 2019); returns them and the width of its last map."
     with warnings.catch_warnings():  # it tells that its compiled ranking is missing: no ranking is done here

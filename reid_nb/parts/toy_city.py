@@ -146,6 +146,7 @@ def darken(rgb, f):
     "Multiply a colour by `f`."
     return tuple(int(v*f) for v in rgb)
 
+# %% ../../nbs/parts/02_toy_city.ipynb #6ba6c9e3
 def draw_leg(
     s:Sprite, # Canvas
     p:Pedestrian, # Whose leg
@@ -162,6 +163,7 @@ def draw_leg(
     s.limb(skin if p.bottom == 'skirt' else cloth, hip, knee, .055*p.build, .040*p.build)
     s.ellipse(darken(p.shoes, f), (ankle[0] + toe*.03, ankle[1]-.02), .05 if toe else .032, .022)
 
+# %% ../../nbs/parts/02_toy_city.ipynb #3c816fbd
 def draw_arm(
     s:Sprite, # Canvas
     p:Pedestrian, # Whose arm
@@ -202,6 +204,7 @@ def draw_top(
     s.rgba[on] = np.dstack([draw_fabric(p), np.full(on.shape, 255, np.uint8)])[on]
     if open_jacket: s.poly(p.logo_rgb, (-.03,.845), (.03,.845), (.045,.475), (-.045,.475))
 
+# %% ../../nbs/parts/02_toy_city.ipynb #e1a628da
 def draw_logo(s, p, y=.72, r=.045):
     "Draw the logo at height `y` with radius `r`."
     if p.logo == 'disc': s.ellipse(p.logo_rgb, (0,y), r, r)

@@ -95,6 +95,7 @@ def read_field(
     if value is None or isinstance(value, (int,float) if kind is float else kind): return value
     raise BadInput(f'{name}={text}: give a value of the kind {kind.__name__}')
 
+# %% ../../nbs/parts/14_training.ipynb #b1210fe9
 def change_recipe(
     recipe, # To begin with
     text:str='', # Such as 'lr=1e-3 ema=.99'
@@ -104,7 +105,6 @@ def change_recipe(
     for name,_,value in (part.partition('=') for part in (text or '').split()):
         new[name] = read_field(kinds[choose(kinds, name, 'field of the recipe')], name, value)
     return replace(recipe, **new)
-
 
 # %% ../../nbs/parts/14_training.ipynb #10f2f547
 def is_kind(
@@ -125,6 +125,7 @@ def in_range(
         return all(is_kind(v, float) and allowed[0]<=v<=allowed[1] for v in values)
     return value in allowed
 
+# %% ../../nbs/parts/14_training.ipynb #9a60aeff
 WORDS = {int: 'a whole number', float: 'a number', bool: 'True or False', tuple: 'numbers in parentheses, each',
          str: 'a word', Callable: 'a function'}
 
@@ -143,7 +144,6 @@ def check_fields(
             if isinstance(allowed, tuple): wanted += f' from {allowed[0]:g} to {allowed[1]:g}'
             elif allowed: wanted = 'choose one of ' + ', '.join(allowed)
             raise BadInput(f'{f.name}={value!r}: {wanted}')
-
 
 # %% ../../nbs/parts/14_training.ipynb #b98e1b33
 RUN_RANGES = dict(minutes=(0,math.inf), steps=(0,2**53), save_every=(0,math.inf), seed=(0,2**63-1), workers=(0,1024),
@@ -360,12 +360,12 @@ class Curve:
         "Write out what TensorBoard has not yet written."
         if self.board: self.board.close()
 
+# %% ../../nbs/parts/14_training.ipynb #b59b439c
 def latest(
     history:list, # Of a session
 )->dict: # Name to text
     "Format the newest numbers; a step may have two lines."
     return {k: f'{v:.3g}' for h in history[-2:] for k,v in h.items()}
-
 
 # %% ../../nbs/parts/14_training.ipynb #82fcf4f9
 class FiniteCheck:

@@ -235,6 +235,7 @@ def frame_pts(
     state = os.stat(video)
     return known_pts(str(video), state.st_ino, state.st_size, state.st_mtime_ns)
 
+# %% ../../nbs/parts/03_video.ipynb #598873d3
 def count_frames(
     video, # Path of a video file
 )->int: # As many as `read_frames` gives; `BadInput` when the file is missing or broken

@@ -158,6 +158,7 @@ class Transfer:
             rows.append(f'{p:<14} {parts[0][p]:>7}  {parts[1][p]:>7}  {parts[2][p]:>10}')
         return '\n'.join([*rows, f'prefix {self.prefix!r}, {self.share:.0%} of the backbone'])
 
+# %% ../../nbs/parts/12_weights.ipynb #86d80d13
 def match_weights(
     own:dict, # The backbone's state
     tensors:dict, # The file's tensors
@@ -195,6 +196,7 @@ def fit_weights(
     if why and not (partial and table.matched): raise BadInput(f'{path} does not fill the backbone: {why}')
     return table
 
+# %% ../../nbs/parts/12_weights.ipynb #80a2d8f3
 def transfer_weights(
     backbone:nn.Module, # From `build_backbone`; it is filled
     path, # See `read_weights`
