@@ -32,8 +32,8 @@ FORMATS = ','.join([  # what is opened; none of these looks into other files
     'mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,ogg,asf,rm,wtv,mxf,gxf,nut,nsv,dv,dhav,amv,ivf,obu,av1',
     'h261,h263,h264,hevc,vvc,m4v,vc1,mjpeg,mpjpeg,smjpeg,yuv4mpegpipe,gif,apng,webp',
     'image2,jpeg_pipe,png_pipe,webp_pipe,bmp_pipe,tiff_pipe'])
-OPEN = dict(options=dict(protocol_whitelist='file', format_whitelist=FORMATS, pattern_type='none'),
-            metadata_errors='replace')
+OPEN = dict(options=dict(protocol_whitelist='file', format_whitelist=FORMATS, pattern_type='none'))
+if int(av.__version__.split('.')[0]) < 19: OPEN |= dict(metadata_errors='replace')  # later versions ask no more
 
 def best_stream(
     f, # PyAV's container
