@@ -21,7 +21,10 @@ FIRST = ('02_toy_city', '06_biometrics', '04_finetune', 'test_dataset', '05_eval
 
 def pytest_collection_modifyitems(items):
     "A file to a worker, a notebook to a worker; what takes longest begins, and what all the others need."
-    def name(item): return item.callspec.params['nb'].stem if item.path.stem == 'test_notebooks' else item.path.stem
+    def name(item):
+        "The notebook that is run, else the file of tests"
+        nb = getattr(item, 'callspec', None) and item.callspec.params.get('nb')
+        return Path(nb).name if nb and item.path.stem == 'test_notebooks' else item.path.stem
     for item in items:
         item.add_marker(pytest.mark.xdist_group('network' if name(item) in ONE_NETWORK else name(item)))
     items.sort(key=lambda item: FIRST.index(name(item)) if name(item) in FIRST else len(FIRST))
