@@ -6,10 +6,9 @@ from pathlib import PurePosixPath
 
 import pytest
 import yaml
+from build_site import LINK, plain_code, process
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
-from nbdev.quarto import refresh_quarto_yml
-from nbdev.serve import proc_nbs
 
 cfg = get_config()
 SITE = f'{cfg.doc_host}{cfg.doc_baseurl}/'
@@ -35,6 +34,7 @@ class Page:
         whole = '\n\n'.join([self.text, *made])
         plain = re.sub(r'```.*?```', '', whole, flags=re.S)
         self.links = links(whole)
+        self.code = re.findall(r'```.*?```', whole, flags=re.S)
         self.anchors = {slug(h) for h in re.findall(r'^#+\s+(.+)$', plain, re.M)}
         self.anchors |= {a or b for a, b in re.findall(r'\bid="([^"]+)"|\{#([\w-]+)', plain)}
 
@@ -45,8 +45,8 @@ def links(text):
 
 @pytest.fixture(scope='module')
 def pages():
-    "All pages, out of nbdev's processors"
-    made = proc_nbs(force=True)
+    "All pages, as Quarto gets them"
+    made = process()
     return {name: Page(made, p.relative_to(made).as_posix()) for name in names for p in [made/name]}
 
 def fault_of(target, page, pages):
@@ -77,13 +77,19 @@ def test_every_page_has_an_address_of_its_own(pages):
     plain = re.compile(r'(^|/)\d+_')
     assert {n: p.address for n, p in pages.items()} == {n: plain.sub(r'\1', n)[:-6] + '.html' for n in names}
 
+def test_no_address_stands_in_code(pages):
+    assert [c for p in pages.values() for c in p.code if LINK.search(c)] == []
+    assert plain_code(['[`f`](x)\n', '```python\n', 'a, # [`f`](x)\n', '```\n', '[`f`](x)']) == [
+        '[`f`](x)\n', '```python\n', 'a, # `f`\n', '```\n', '[`f`](x)']
+
 def test_links_between_pages_lead_somewhere(pages):
     faults = {(n, t): fault_of(t, n, pages) for n, p in pages.items() for t in p.links}
     assert len(faults) > 100 and {k: v for k, v in faults.items() if v} == {}
 
 @pytest.mark.parametrize('planted, fault', [
-    ('01_dataset.html', 'by its notebook'), ('dataset.html', 'by its notebook'), ('parts/99_none.ipynb', 'no such file'),
-    ('../parts/00_core.ipynb', 'no such file'), ('images/none.png', 'no such file'),
+    ('01_dataset.html', 'by its notebook'), ('dataset.html', 'by its notebook'),
+    ('parts/99_none.ipynb', 'no such file'), ('../parts/00_core.ipynb', 'no such file'),
+    ('images/none.png', 'no such file'),
     ('00_start.ipynb#no-such-heading', 'heading'), (f'{SITE}01_dataset.html', 'address'),
     (f'{SITE}parts/core.html#nothing', 'heading'), (f'{GITHUB}NONE.md', 'no such file')])
 def test_a_planted_link_is_found(pages, planted, fault):
@@ -123,10 +129,9 @@ def test_every_notebook_is_in_the_sidebar_once_under_its_number():
     assert [s['section'] for s in quarto['website']['sidebar']['contents'] if 'section' in s] == [
         'Course', 'Measured', 'Parts']
 
-def test_what_the_site_names_is_there():
+def test_what_the_site_names_is_there(pages):
     "Files, and the addresses of navbar and footer; the rest of Quarto's settings come from settings.ini."
     site, html = quarto['website'], quarto['format']['html']
-    refresh_quarto_yml()
     made = {f: yaml.safe_load((cfg.nbs_path/f).read_text(encoding='utf-8')) for f in quarto['metadata-files']}
     assert made['nbdev.yml']['website']['site-url'] + '/' == SITE
     for file in (quarto['bibliography'], html['css']): assert (cfg.nbs_path/file).is_file()
@@ -155,10 +160,10 @@ def test_readme_is_short_and_has_its_two_commands():
     assert ['reid_quickstart' in commands[0], commands[1].endswith('-m pytest tests')] == [True, True]
 
 def test_published_workflow_builds_the_same_site():
-    "What is published comes from `nbdev_docs`, with the folder that nbdev writes to."
+    "Quarto is there before the site is built, and what is published is the folder that it is built into."
     flow = yaml.safe_load((cfg.config_path/'.github'/'workflows'/'docs.yml').read_text(encoding='utf-8'))
     steps = flow['jobs']['docs']['steps']
     order = [s.get('uses', s.get('run', '')).split('@')[0] for s in steps]
-    assert order.index('quarto-dev/quarto-actions/setup') < next(k for k, s in enumerate(order) if 'nbdev_docs' in s)
+    assert order.index('quarto-dev/quarto-actions/setup') < next(k for k, s in enumerate(order) if 'build_site.py' in s)
     upload, = (s for s in steps if s.get('uses', '').startswith('actions/upload-pages-artifact'))
     assert upload['with']['path'] == cfg.doc_path.name
