@@ -23,12 +23,18 @@ def plain_code(lines):
         mended.append(LINK.sub(r'\1', line) if inside else line)
     return mended
 
+def plain_address(text):
+    "Let a link to a method lead to its class: a method has no heading of its own."
+    return re.sub(r'(\.html#\w+)\.\w+\)', r'\1)', text)
+
 def mend(path):
-    "Mend the signatures on a page that nbdev has processed."
+    "Mend the links on a page that nbdev has processed."
     nb = json.loads(path.read_text(encoding='utf-8'))
-    for out in (o for c in nb['cells'] for o in c.get('outputs', [])):
-        if 'text/markdown' in out.get('data', {}):
-            out['data']['text/markdown'] = plain_code(''.join(out['data']['text/markdown']).splitlines(True))
+    for cell in nb['cells']:
+        if cell['cell_type'] == 'markdown': cell['source'] = plain_address(''.join(cell['source']))
+        for data in (o['data'] for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})):
+            lines = plain_code(''.join(data['text/markdown']).splitlines(True))
+            data['text/markdown'] = plain_address(''.join(lines))
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False), encoding='utf-8')
 
 def process():

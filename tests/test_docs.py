@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 import pytest
 import yaml
-from build_site import LINK, plain_code, process
+from build_site import LINK, plain_address, plain_code, process
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
@@ -81,6 +81,7 @@ def test_no_address_stands_in_code(pages):
     assert [c for p in pages.values() for c in p.code if LINK.search(c)] == []
     assert plain_code(['[`f`](x)\n', '```python\n', 'a, # [`f`](x)\n', '```\n', '[`f`](x)']) == [
         '[`f`](x)\n', '```python\n', 'a, # `f`\n', '```\n', '[`f`](x)']
+    assert plain_address(f'[`A.b`]({SITE}a.html#a.b) [`A`](a.html#a)') == f'[`A.b`]({SITE}a.html#a) [`A`](a.html#a)'
 
 def test_links_between_pages_lead_somewhere(pages):
     faults = {(n, t): fault_of(t, n, pages) for n, p in pages.items() for t in p.links}
@@ -96,7 +97,7 @@ def test_a_planted_link_is_found(pages, planted, fault):
     assert links(f'see [it]({planted}), <a href="{planted}">it</a> and `[x](y)`') == [planted, planted]
     assert fault in fault_of(planted, 'index.ipynb', pages)
 
-@pytest.mark.parametrize('good', ['00_start.ipynb', 'parts/00_core.ipynb#summary', '#nine-lessons', SITE,
+@pytest.mark.parametrize('good', ['00_start.ipynb', '02_lmdb.ipynb#summary', '#nine-lessons', SITE,
                                   f'{SITE}parts/core.html#badinput', f'{GITHUB}CONTRIBUTING.md'])
 def test_a_good_link_is_none(pages, good): assert fault_of(good, 'index.ipynb', pages) is None
 
