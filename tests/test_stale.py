@@ -17,7 +17,7 @@ from test_dataset import boxes_for, film, listed, one_line, small_city, tree
 from reid_nb import crop_store as cs
 from reid_nb import dataset as dataset_
 from reid_nb.parts import align as al
-from reid_nb.parts import detect, download
+from reid_nb.parts import detect, download, packing
 from reid_nb.parts.core import BadInput, decode
 from reid_nb.parts.detections import read_dets
 from reid_nb.parts.parallel import run_jobs
@@ -467,7 +467,7 @@ def test_notes_beside_results_may_hold_anything(tmp_path, said, cut, keep):
     for p in path, verdict:
         p.parent.mkdir(parents=True, exist_ok=True)
         p.write_text(text[:cut] if cut else text)
-    for read in (lambda: dataset_.report_crops(tmp_path/'crops'), lambda: cs.read_places(path.parent),
+    for read in (lambda: dataset_.report_crops(tmp_path/'crops'), lambda: packing.read_places(path.parent),
                  lambda: al.describe_verdicts(al.read_verdicts(tmp_path/'al'))):
         try: read()
         except BadInput as e: assert '.json' in str(e)
@@ -487,7 +487,7 @@ PLAIN = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st
 def test_pickles_may_hold_anything(tmp_path, said):
     path = tmp_path/'a.pkl'
     path.write_bytes(pickle.dumps(said))
-    for read in read_dets, cs.read_keys:
+    for read in read_dets, packing.read_keys:
         try: read(path)
         except BadInput as e: assert 'a.pkl' in str(e)
 
@@ -533,6 +533,7 @@ def test_folders_with_any_names(tmp_path, names, ending):
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     for name in names: (root/f'{name}{ending}').write_bytes(b'x')
-    for read in cs.list_crops, detect.find_videos, cs.folder_source, lambda r: detect.find_pairs(r, r), cs.find_lmdb:
+    for read in (packing.list_crops, detect.find_videos, cs.folder_source, lambda r: detect.find_pairs(r, r),
+                 packing.find_lmdb):
         try: read(root)
         except BadInput as e: assert str(root) in str(e)

@@ -136,9 +136,9 @@ FAULTS = [
     ('parts/core', 'cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)', 'bgr', WIRING + ' -k red'),
     ('crop_store', 'try: jpeg = self._gets[i](self.keys.item(i))',
      'try: jpeg = self._gets[i](self.keys.item(i-1))', 'tests/test_crop_store.py -k inside'),
-    ('crop_store', 'zlib.crc32(jpeg) == crc and ', 'True and ', 'tests/test_crop_store.py -k changed_byte'),
-    ('crop_store', 'return_inverse=True)[1] - (ids < 0).any()', 'return_inverse=True)[1]', WIRING + ' -k no_name'),
-    ('crop_store', "square = (std**2 + mean**2).mean(0) - mean.mean(0)**2", 'square = (std**2).mean(0)',
+    ('parts/packing', 'zlib.crc32(jpeg) == crc and ', 'True and ', 'tests/test_crop_store.py -k changed_byte'),
+    ('parts/store', 'return_inverse=True)[1] - (ids < 0).any()', 'return_inverse=True)[1]', WIRING + ' -k no_name'),
+    ('parts/store', "square = (std**2 + mean**2).mean(0) - mean.mean(0)**2", 'square = (std**2).mean(0)',
      'tests/test_crop_store.py'),
     # Benchmarks and scores
     ('parts/metrics', '(n/ranks).mean()', '(n/ranks).max()', 'tests/test_benchmarks.py'),
