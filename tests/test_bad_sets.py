@@ -15,9 +15,7 @@ from hypothesis import given, HealthCheck, settings, strategies as st
 from scipy.io import savemat
 from test_benchmarks import names_of, write_cuhk03
 
-from reid_nb.evaluate import (
-    calibrate, describe_result, evaluate, find_drift, identification_rate, load_npz, plot_scores, read_features,
-    summarize, write_json)
+from reid_nb.evaluate import calibrate, evaluate
 from reid_nb.parts.benchmarks import (
     Benchmark, check_parts, cuhk03_split, find_folder, hold_out, PARTS, PROTOCOLS, read_benchmark, read_part,
     read_set, read_split, Sample)
@@ -25,6 +23,8 @@ from reid_nb.parts import benchmarks
 from reid_nb.parts.core import BadInput, lock
 from reid_nb.parts.metrics import (
     chance, check_answers, operating_points, open_set, rank, score_counts, select_part, split_people, tied_queries)
+from reid_nb.parts.drift import find_drift, identification_rate, plot_scores
+from reid_nb.parts.scoring import describe_result, load_npz, read_features, summarize, write_json
 
 few = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -146,7 +146,8 @@ def test_no_nan_is_ever_written(tmp_path):
     ([1, 2, 3, 4], [0], (1, 2), 'distractors only')])
 def test_why_no_query_has_an_answer(tmp_path, monkeypatch, query, gallery, cams, words):
     "Said before anything is embedded, by evaluation and by calibration"
-    monkeypatch.setattr('reid_nb.evaluate.features_of', lambda *a, **k: pytest.fail('embedded for nothing'))
+    for room in 'evaluate', 'parts.scoring':
+        monkeypatch.setattr(f'reid_nb.{room}.features_of', lambda *a, **k: pytest.fail('embedded for nothing'))
     root = market_set(tmp_path, query, gallery, cams)
     for f in evaluate, calibrate:
         with pytest.raises(BadInput, match=f'no query has an answer: .*{words}'): f(data=root)
@@ -469,7 +470,8 @@ def test_archives_of_other_things(scene, tmp_path):
 
 def test_files_that_cannot_be_written(scene, tmp_path, monkeypatch):
     "A folder where the file should be, a picture whose name is not UTF-8: said before anything is embedded"
-    monkeypatch.setattr('reid_nb.evaluate.features_of', lambda *a, **k: pytest.fail('embedded for nothing'))
+    for room in 'evaluate', 'parts.scoring':
+        monkeypatch.setattr(f'reid_nb.{room}.features_of', lambda *a, **k: pytest.fail('embedded for nothing'))
     root = market_set(tmp_path/'set', [1, 2], [1, 2])
     for how in dict(out=tmp_path), dict(embed_only=tmp_path):
         with pytest.raises(BadInput, match='a folder is there'): evaluate(data=root, **how)

@@ -159,7 +159,8 @@ FAULTS = [
     ('parts/benchmarks', 'for note in bench.notes: log.warning', 'for note in []: log.warning',
      'tests/test_bad_sets.py -k left_out'),
     ('parts/benchmarks', 'mtime_ns=mat.st_mtime_ns', 'mtime_ns=0', 'tests/test_bad_sets.py -k made_before'),
-    ('evaluate', 'with lock(target) if target', 'with lock(target) if False', 'tests/test_bad_sets.py -k one_writer'),
+    ('parts/scoring', 'with lock(target) if target', 'with lock(target) if False',
+     'tests/test_bad_sets.py -k one_writer'),
     # People, gallery, decisions
     ('parts/tracks', "'overlap': hidden > gate.overlap", "'overlap': hidden > 2", 'tests/test_biometrics.py'),
     ('parts/tracks', 'min(x1, y1, W - x2, H - y2)', 'min(x1, y1)', 'tests/test_biometrics.py'),
