@@ -157,14 +157,14 @@ def measure_all(steps, checkpoints, seed):
             steps(f'adds_{other}_{city_of(part)}', f'what MoCo adds to {other} in {words}',
                   functools.partial(compare_in, d, seed, part, checkpoints['moco'][0], checkpoints[other][0]))
 
-# %% ../nbs/07_quickstart.ipynb #8d6a8bf2
+# %% ../nbs/07_quickstart.ipynb #f3d12cb6
 def enrol_from(d, checkpoint, name):
     "Enrol somebody from a clip of camera 1."
     from reid_nb.biometrics import enroll
     from reid_nb.parts.decisions import find_usable_tracks
     video = d/'toy'/'clips'/f'{name.lower()}_c1.mp4'
     tracks,_ = find_usable_tracks(video, 'motion', 0, None)
-    longest = max(tracks, key=lambda t: len(t.seen))   # a person may be lost and found again
+    longest = max(tracks, key=lambda t: len(t.seen))
     got = enroll(name, video, d/'gallery', d/checkpoint, track=longest.number, consent='drawn for this course')
     return dict(name=name, crops=len(got['crops']))
 
