@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reid_nb import biometrics as bio
 from reid_nb import demo
+from reid_nb.parts import decisions as dec
 from reid_nb.parts import tracks as tracks_
 from reid_nb.parts import video as video_
 from reid_nb.parts.core import BadInput
@@ -433,7 +433,7 @@ def photo(path):
                                   lambda d: photo(d/'a.png')], ids=['still', 'one frame', 'jpg', 'png'])
 def test_motion_finds_only_what_moves(tmp_path, make):
     path = make(tmp_path)
-    with pytest.raises(BadInput, match='motion finds only what moves.*--weights'): bio.find_usable_tracks(path)
+    with pytest.raises(BadInput, match='motion finds only what moves.*--weights'): dec.find_usable_tracks(path)
     with pytest.raises(BadInput) as e: tracks_.require_usable(path, [], weights='yolo11n.pt')
     assert 'nobody found' in str(e.value) and 'finds only' not in str(e.value)
 

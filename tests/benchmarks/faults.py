@@ -179,7 +179,7 @@ FAULTS = [
     ('parts/gallery', 'if not CROP_NAME.fullmatch(str(file)):', 'if False:', 'tests/test_by_hand.py -k leads_out'),
     ('parts/gallery', "and (other,) not in row: best", "and True: best", 'tests/test_by_hand.py -k two_names'),
     ('parts/gallery', 'if len(fits) == len(rivals) == 1:', 'if fits:', 'tests/test_by_hand.py -k fit'),
-    ('biometrics', 'for n, score in self.ranking[1:] if', 'for n, score in self.ranking[9:] if',
+    ('parts/decisions', 'for n, score in self.ranking[1:] if', 'for n, score in self.ranking[9:] if',
      'tests/test_by_hand.py -k two_names'),
     # Around the page
     ('demo', 'not (self.is_here(name) or self.is_proxy(name))', 'False', 'tests/test_door.py -k other_names'),
