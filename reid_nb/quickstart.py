@@ -198,7 +198,7 @@ def recognise(steps, checkpoint, seed):
 def draw_roc(steps):
     "Draw the ROC curves of all contestants, a PNG file for each city; returns the names of all figures."
     from matplotlib import pyplot as plt
-    from reid_nb.evaluate import plot_roc
+    from reid_nb.parts.drift import plot_roc
     d = steps.dest
     for part,city in (SEEN, UNSEEN):
         read = lambda kind: json.loads((d/'results'/f'{kind}_0_{city_of(part)}.json').read_text(encoding='utf-8'))
