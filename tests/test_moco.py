@@ -16,7 +16,8 @@ from reid_nb.crop_store import pack
 from reid_nb.parts.core import BadInput
 from reid_nb.parts.models import build_backbone
 from reid_nb import moco
-from reid_nb.moco import lr_at, MoCo, queue_batches
+from reid_nb.moco import MoCo
+from reid_nb.parts.pretraining import lr_at, queue_batches, tiny_backbone
 from reid_nb.parts.weights import load_checkpoint
 from reid_nb.parts.training import read_state, Run
 from reid_nb.parts.core import rng_of
@@ -106,12 +107,6 @@ def test_other_settings_are_refused(store, whole, tmp_path):
     pretrain(store, tmp_path, minutes=0, **FAST)
     with pytest.raises(BadInput, match='seed 0 there, 7 now'): pretrain(store, tmp_path, seed=7, **FAST)
     with pytest.raises(BadInput, match='epochs 6 there, 5 now'): pretrain(store, whole.parent, **{**FAST, 'epochs': 5})
-
-def tiny_backbone(w=32):
-    block = lambda i,o: [torch.nn.Conv2d(i, o, 3, 2, 1, bias=False), torch.nn.BatchNorm2d(o), torch.nn.ReLU()]
-    net = torch.nn.Sequential(*block(3,w), *block(w,w), *block(w,2*w))
-    net.dim = 2*w
-    return net
 
 @pytest.mark.parametrize('seed', [0,1])
 def test_leak_on_noise(seed):
@@ -250,7 +245,7 @@ def test_shuffled_keys_come_home(tmp_path):
         import torch, torch.distributed as dist
         from reid_nb.parts.device import pick_device
         from reid_nb.parts.training import join_processes
-        from reid_nb.moco import shuffled
+        from reid_nb.parts.pretraining import shuffled
         rank,world = join_processes(pick_device('cpu'))
         x,batches = torch.arange(4.)[:,None] + 10*rank,[]
         def encoder(x): batches.append(x); return 2*x

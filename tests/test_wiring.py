@@ -30,7 +30,8 @@ from reid_nb.parts.metrics import operating_points, select_part, split_people
 from reid_nb.finetune import alter, pk_batches, RECIPES
 from reid_nb.parts.gallery import Gallery
 from reid_nb.parts.models import ReidModel
-from reid_nb.moco import lr_at, MoCo, train_step, view_loader
+from reid_nb.moco import MoCo, train_step
+from reid_nb.parts.pretraining import lr_at, view_loader
 from reid_nb.parts.tracks import Matcher, Shot, Template, Track
 from reid_nb.parts.weights import load_checkpoint
 from reid_nb.parts.training import read_state, Run
