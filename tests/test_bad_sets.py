@@ -171,7 +171,7 @@ def odd_set(root):
 LEFT_OUT = '2 files left out', 'the first is 0100_c1s1_000001_00.tif', '1 files in subfolders', '0101/0101_c1s1'
 
 def test_what_is_left_out_is_said_by_whoever_reads(tmp_path, caplog, run):
-    from reid_nb.finetune import training_set
+    from reid_nb.parts.supervised import training_set
     root = odd_set(tmp_path/'set')
     readers = (lambda: read_benchmark('market_folder', root), lambda: training_set(root),
                lambda: evaluate(data=root, features=tmp_path/'none.npz'), lambda: calibrate(tmp_path/'none', root))
@@ -188,7 +188,7 @@ def test_what_is_left_out_is_said_by_whoever_reads(tmp_path, caplog, run):
     assert done.returncode == 2 and all(words in done.stderr for words in LEFT_OUT)
 
 def test_nothing_to_do_says_what_was_left_out(tmp_path):
-    from reid_nb.finetune import training_set
+    from reid_nb.parts.supervised import training_set
     for part in PARTS: (tmp_path/part).mkdir()
     for part in PARTS: (tmp_path/part/'0001_c1s1_000001_00.tif').write_bytes(b'x')
     with pytest.raises(BadInput, match='not one picture.*query: 1 files left out.*tif'):
