@@ -425,11 +425,11 @@ def forget_files(
         with open(path, 'rb') as f: os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 
-# %% ../../nbs/parts/20_store.ipynb #fed6225a
+# %% ../../nbs/parts/20_store.ipynb #19c3087a
 def draw_tree(
     keys:list, # Four keys, as text
 ):
-    "Draw how LMDB finds a picture: pages of a tree, then the pages of the picture."
+    "Draw what is in a store: pages of a tree, pages of a picture, and `.meta`."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7.5, 2.4), layout='constrained')
     def box(x, y, text, color, w=1.5, **kw):
@@ -439,7 +439,7 @@ def draw_tree(
     box(0, 1.3, 'root:\nwhich keys\nare where', 'lightyellow')
     for k, y in (0, 2.4), (1, .2):
         folders, _, names = zip(*(key.rpartition('/') for key in keys[2*k:2*k + 2]))
-        box(2.2, y, 'from\n' + folders[0].replace('/', '/\n', 1), 'lightyellow')
+        box(2.2, y, 'from ' + folders[0].replace('/', '/\n'), 'lightyellow')
         arrow(1.5, 1.7, 2.2, y + .4)
         box(4.4, y, '\n'.join(names), 'lightblue', 3)
         arrow(3.7, y + .4, 4.4, y + .4)
@@ -447,7 +447,8 @@ def draw_tree(
     box(9.6, 1.3, 'the rest', 'lightgrey', .9)
     box(10.5, 1.3, '', 'white', .6, hatch='///')
     arrow(7.4, 2.6, 8.1, 1.9)
+    box(8.1, -.1, '.meta: of each batch,\nprogress, rows and keys', 'honeydew', 3)
     for x, text in (1.8, 'branch pages'), (5.9, 'leaf pages: keys in order'), (9.6, 'overflow pages'):
         ax.text(x, 3.5, text, ha='center', fontsize=9, weight='bold')
-    ax.set(xlim=(-.1, 11.2), ylim=(0, 3.9))
+    ax.set(xlim=(-.1, 11.2), ylim=(-.2, 3.9))
     ax.axis('off')
