@@ -6,7 +6,7 @@
 __all__ = ['log', 'decision_zone', 'classify_score', 'enroll', 'rank_people', 'decide', 'identify', 'verify', 'reid_enroll',
            'reid_identify', 'reid_verify']
 
-# %% ../nbs/06_biometrics.ipynb #e36f4703
+# %% ../nbs/06_biometrics.ipynb #e4534613
 import logging
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from fastcore.meta import delegates
 
 from .parts.core import BadInput, command
 from .parts.decisions import (
-    choose_track, Decision, film_labels, find_usable_tracks, log_outcome, most_similar_pair, other_names, Outcome,
-    print_outcome, same_person)
+    choose_track, Decision, evidence, explain, film_labels, find_usable_tracks, log_outcome, most_similar_pair,
+    other_names, Outcome, print_outcome, same_person, SeveralPeople)
 from .parts.film import draw_film
 from .parts.gallery import as_json, clean_name, Gallery
 from reid_nb.parts.tracks import (
@@ -36,9 +36,12 @@ def decision_zone(
         raise BadInput(f'false match rate {key}: measured are {", ".join(thresholds)}')
     return min(t['low'] for t in thresholds.values()), thresholds[key]['high']
 
-# %% ../nbs/06_biometrics.ipynb #71687fd9
-def classify_score(score, zone):
-    "Say 'match', 'inconclusive' or 'no match'."
+# %% ../nbs/06_biometrics.ipynb #2591d02e
+def classify_score(
+    score:float, # Of two templates
+    zone:tuple, # From `decision_zone`
+)->str: # 'match', 'inconclusive' or 'no match'
+    "Put a score into its zone."
     if score >= zone[1]: return 'match'
     return 'no match' if score < zone[0] else 'inconclusive'
 

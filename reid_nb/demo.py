@@ -25,9 +25,8 @@ from uuid import uuid4
 import numpy as np
 from starlette.middleware import Middleware
 
-from .biometrics import enroll, identify
+from .biometrics import enroll, evidence, explain, identify, same_person, SeveralPeople
 from .parts.core import BadInput, command, encode_jpeg, HOST, write_jpeg
-from .parts.decisions import evidence, explain, same_person, SeveralPeople
 from .parts.film import draw_film, LABEL_GREY
 from .parts.gallery import Gallery, read_crop
 from .parts.toy_city import build_toy

@@ -39,8 +39,13 @@ def label_picture(
     ImageDraw.Draw(picture).text((4, 2), text, 'white', font)
     return np.array(picture)
 
-# %% ../../nbs/parts/17_film.ipynb #e9c6545d
-def draw_box(rgb, box, picture, ink):
+# %% ../../nbs/parts/17_film.ipynb #c554c4cd
+def draw_box(
+    rgb:np.ndarray, # uint8[H,W,3], drawn into
+    box, # x1,y1,x2,y2 in pixels
+    picture:np.ndarray, # uint8[h,w,3], from `label_picture`
+    ink:tuple, # RGB of the box
+):
     "Draw a box and its label into a frame."
     x1, y1, x2, y2 = map(int, box)
     cv2.rectangle(rgb, (x1, y1), (x2, y2), ink, 2)
@@ -48,9 +53,14 @@ def draw_box(rgb, box, picture, ink):
     y, x = min(max(0, y1 - h), len(rgb) - h), min(max(0, x1), rgb.shape[1] - w)
     rgb[y:y+h,x:x+w] = picture[:h,:w]
 
-# %% ../../nbs/parts/17_film.ipynb #1831b694
-def add_h264_stream(f, height, width, most):
-    "Add an H.264 stream that browsers play, for frames of this size, made smaller if they are wider than `most`."
+# %% ../../nbs/parts/17_film.ipynb #a79dd877
+def add_h264_stream(
+    f, # A container of PyAV, open for writing
+    height:float, # Of the frames, in pixels
+    width:float, # Of the frames, in pixels as they are shown
+    most:int, # Largest width of the film
+): # The stream
+    "Add an H.264 stream that browsers play; frames that are too wide are made smaller."
     scale, options = min(1, most/width), dict(crf='28', preset='veryfast', threads='1')
     s = f.add_stream('libx264', rate=1000, options=options)
     s.width, s.height = (max(2, 2*round(n*scale/2)) for n in (width, height))

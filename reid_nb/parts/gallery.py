@@ -153,11 +153,16 @@ def make_index(
         raise BadInput(f'{where}: no such search: exact, faiss, or the URL of a Qdrant server')
     return known[where](ids, people, read) if len(ids) else None
 
-# %% ../../nbs/parts/16_gallery.ipynb #652f804c
+# %% ../../nbs/parts/16_gallery.ipynb #2acf691e
 RESERVED_NAMES = {'con', 'prn', 'aux', 'nul', *(f'{d}{i}' for d in ('com', 'lpt') for i in range(10))}
 
-def fold_name(name): return unicodedata.normalize('NFC', name.casefold())
+def fold_name(
+    name:str, # In one spelling
+)->str: # The same for a name in capitals and in small letters
+    "Make a name comparable."
+    return unicodedata.normalize('NFC', name.casefold())
 
+# %% ../../nbs/parts/16_gallery.ipynb #edf277e7
 def clean_name(
     name:str, # As a person typed it
 )->str: # In one spelling (NFC, single spaces), fit to be a folder's; raises `BadInput`
@@ -202,8 +207,10 @@ CREATE TRIGGER IF NOT EXISTS log_stays BEFORE UPDATE ON log
 PRAGMA user_version = {GALLERY_FORM};
 """
 
-# %% ../../nbs/parts/16_gallery.ipynb #6a5e876b
-def utc_now(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
+# %% ../../nbs/parts/16_gallery.ipynb #936d4f78
+def utc_now()->str: # ISO 8601, to the second
+    "Tell the time in UTC."
+    return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
 def log_event(
     db, # A connection in a transaction
@@ -358,7 +365,7 @@ def read_crop(
     try: return read_rgb(GalleryStore(root).path_of(file))
     except (BadInput, OSError): return missing_picture()
 
-# %% ../../nbs/parts/16_gallery.ipynb #0a40d096
+# %% ../../nbs/parts/16_gallery.ipynb #a1c04bd8
 NOTICED = {}    # folder of a gallery -> the last note about it
 
 def compare_folders(
@@ -370,7 +377,9 @@ def compare_folders(
     strange = [n for n in there - known if any(CROP_NAME.fullmatch(f'{n}/{f}') for f in os.listdir(store.root/n))]
     return sorted(known - there), sorted(strange)
 
-def notice_changes(store):
+def notice_changes(
+    store:GalleryStore, # Settled
+):
     "Warn of folders that are missing and of folders of nobody, once."
     missing, strange = compare_folders(store)
     note = f'no folder for {", ".join(missing[:5])} ({len(missing)} in all); ' if missing else ''
@@ -379,8 +388,10 @@ def notice_changes(store):
         log.warning(f'{store.root}: {note}answers stand; `reid_gallery --repair` puts right what can be put right')
     NOTICED[store.root] = note
 
-# %% ../../nbs/parts/16_gallery.ipynb #5fec8859
-def refuse_orphans(store):
+# %% ../../nbs/parts/16_gallery.ipynb #cef8a71f
+def refuse_orphans(
+    store:GalleryStore, # Of the gallery, or of one that is to be made
+):
     "Raise `BadInput` where there are folders of crops and no database."
     if store.path.exists() or not store.root.is_dir(): return
     crops = next((p for p in store.root.glob('*/*.jpg') if CROP_NAME.fullmatch(f'{p.parent.name}/{p.name}')), None)
@@ -572,13 +583,16 @@ def clear(self:TemplateIndex):
     INDEXES.pop(self.key, None)
     if (search := self.store.about()['search']).startswith('http'): self.build(search)
 
-# %% ../../nbs/parts/16_gallery.ipynb #1e21da39
+# %% ../../nbs/parts/16_gallery.ipynb #934fe434
 PERSONS = 'identity IN (SELECT id FROM identities WHERE id = ?1 OR head = ?1)'    # whose templates
 
-def stack_features(rows):
+def stack_features(
+    rows:list, # Of (anything, bytes)
+)->tuple: # list of n, float32[n,d]
     "Turn two columns of rows into a list and float32[n,d], made of the bytes."
     return [k for k, _ in rows], np.stack([np.frombuffer(x, np.float32) for _, x in rows])
 
+# %% ../../nbs/parts/16_gallery.ipynb #b8a6be62
 def insert_template(
     db, # A connection in a transaction
     identity:int, # Number of the identity
@@ -712,15 +726,17 @@ def lookalikes(
         if score >= threshold and (other,) not in row: best[other] = max(score, best.get(other, -1))
     return sorted(best.items(), key=lambda x: -x[1])
 
-# %% ../../nbs/parts/16_gallery.ipynb #c1dd0c4c
+# %% ../../nbs/parts/16_gallery.ipynb #ad7bccc3
 def missing_crops(
     store:GalleryStore, # Of the gallery
 )->list: # Of paths below the root
     "List the crops that the database knows and the folders do not have."
     return [f for f, in store.read('SELECT file FROM samples ORDER BY file') if not (store.root/f).is_file()]
 
-def return_folders(store):
-    "Give folders of another name their own back, by the names of their crops; returns a line for each."
+def return_folders(
+    store:GalleryStore, # Of the gallery
+)->list: # A line for each folder
+    "Give folders of another name their own back, by the names of their crops."
     missing, strange = compare_folders(store)
     crops = {n: {f for f in os.listdir(store.root/n) if CROP_NAME.fullmatch(f'{n}/{f}')} for n in strange}
     wanted = {n: {Path(f).name for f, in store.read("SELECT file FROM samples WHERE file LIKE ? || '/%'", n)
@@ -734,9 +750,12 @@ def return_folders(store):
             lines.append(f'{fits[0]}: renamed by hand, is {name} again; --rename gives a person another name')
     return lines
 
-# %% ../../nbs/parts/16_gallery.ipynb #4281bde6
-def strike_off(db, lost):
-    "Delete crops from the database, and whoever has none left; returns how many templates, and the names."
+# %% ../../nbs/parts/16_gallery.ipynb #6b50b168
+def strike_off(
+    db, # A connection in a transaction
+    lost:list, # Paths of crops below the root
+)->tuple: # How many templates went, and the names of the people who went
+    "Delete crops from the database, and whoever has none left."
     db.executemany('DELETE FROM samples WHERE file = ?', [(f,) for f in lost])
     n = db.execute('DELETE FROM templates WHERE id NOT IN (SELECT template FROM samples)').rowcount
     names, empty = [], 'id NOT IN (SELECT identity FROM templates)'
