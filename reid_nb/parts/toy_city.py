@@ -16,6 +16,7 @@ import io, json, math, os, pickle, shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -340,7 +341,7 @@ def draw_street(bg, cam, r, horizon):
     return (bg*cv2.resize(grain, (WIDTH,HEIGHT))[...,None]).clip(0, 255).astype(np.uint8)
 
 def draw_furniture(m, kind, x, y):
-    "Draw one piece of street furniture, standing at (x, y), into the mask `m`."
+    "Draw a lamp post, bin, bench or bush, standing at (x, y), into the mask `m`."
     if kind == 'lamp': cv2.rectangle(m, (x-5, 0), (x+5, y), 1, -1)
     if kind == 'bin': cv2.rectangle(m, (x-20, y-58), (x+20, y), 1, -1)
     if kind == 'bench': cv2.rectangle(m, (x-58, y-44), (x+58, y), 1, -1)
@@ -496,17 +497,22 @@ def film_frames(
 # %% ../../nbs/parts/02_toy_city.ipynb #aef0a937
 def write_video(
     path, # An .mp4 file
-    frames, # Iterable of uint8[h,w,3] RGB, even height and width; `FPS` are one second
+    frames, # Iterable of uint8[h,w,3] RGB, even height and width
+    times=None, # Milliseconds, int: when each is shown; `FPS` of them are one second where it is None
+    **options, # More of x264's, such as g='20': a key frame after 20 frames at most
 )->Path: # `path`
     "Encode frames as H.264 in an mp4 file, atomically."
-    mp4 = io.BytesIO()
+    mp4,options = io.BytesIO(),dict(preset='veryfast', crf='21', threads='1') | options
     with av.open(mp4, 'w', format='mp4') as out:
         s = None
-        for rgb in frames:
+        for i,rgb in enumerate(frames):
             if s is None:
-                s = out.add_stream('libx264', rate=FPS, options=dict(preset='veryfast', crf='21', threads='1'))
+                s = out.add_stream('libx264', rate=FPS, options=options)
                 s.height,s.width,s.pix_fmt = *rgb.shape[:2],'yuv420p'
-            out.mux(s.encode(av.VideoFrame.from_ndarray(rgb, format='rgb24')))
+                if times is not None: s.codec_context.time_base = Fraction(1, 1000)
+            frame = av.VideoFrame.from_ndarray(rgb, format='rgb24')
+            if times is not None: frame.pts,frame.time_base = int(times[i]),Fraction(1, 1000)
+            out.mux(s.encode(frame))
         out.mux(s.encode())
     with atomic_write(path, 'wb') as f: f.write(mp4.getbuffer())
     return Path(path)
