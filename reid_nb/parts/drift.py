@@ -140,14 +140,17 @@ def plot_roc(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/parts/25_drift.ipynb #f1f43858
+# %% ../../nbs/parts/25_drift.ipynb #fe0bc6e2
 def write_curves(
     path, # PNG file
     result:dict, # Of `evaluate`
 ):
     "Write the ROC and DET curves of a result; where there are none, no older picture stays."
+    import matplotlib.pyplot as plt
     if not result['roc']: return Path(path).unlink(missing_ok=True)
-    with atomic_write(path, 'wb') as f: plot_roc(result).savefig(f, dpi=150, format='png')
+    fig = plot_roc(result)
+    with atomic_write(path, 'wb') as f: fig.savefig(f, dpi=150, format='png')
+    plt.close(fig)
 
 # %% ../../nbs/parts/25_drift.ipynb #363794b3
 def write_result(
@@ -172,7 +175,7 @@ def draw_pairs(
         ax.stairs(np.array(n)/max(np.sum(n), 1), edges, label=name, **look)
     ax.set(xlabel='cosine similarity', ylabel='share of the pairs')
 
-# %% ../../nbs/parts/25_drift.ipynb #e59fe843
+# %% ../../nbs/parts/25_drift.ipynb #2e84c710
 def plot_scores(
     result:dict, # Of `evaluate`
 ): # matplotlib Figure: histograms of scores with thresholds; FNIR against FPIR
@@ -182,13 +185,13 @@ def plot_scores(
     draw_pairs(left, result['scores']['edges'], result['scores']['genuine'], result['scores']['impostor'])
     for p in result['thresholds'].values(): left.axvline(p['threshold'], color='k', lw=1, ls=':')
     left.set_xlabel('cosine similarity (dotted: thresholds)')
-    left.set_title(f"pairs, {result['protocol']}", fontsize=10)
+    left.set_title(f"pairs, {result['protocol']}", fontsize=8)
     left.legend(fontsize=7)
     if found := result['open_set']:
         right.semilogx(found['fpir'], found['fnir'])
         right.set(xlabel='FPIR: alarms for strangers', ylabel='FNIR: enrolled, missed', ylim=(0, 1))
         searches = f"{found['enrolled']} enrolled + {found['strangers']} strangers"
-        right.set_title(f"open set, {result['protocol']}, {searches}", fontsize=8)
+        right.set_title(f"open set, {result['protocol']}\n{searches}", fontsize=8)
         right.grid(alpha=.3)
     fig.tight_layout()
     return fig
