@@ -219,7 +219,7 @@ def draw_answers(
         ax.set_title(word if n is None or threshold is None else f'{score[n]:.2f} {word}', fontsize=8)
         for side in ax.spines.values(): side.set(color=color, linewidth=3, linestyle=style, alpha=.25 if pale else 1)
 
-# %% ../../nbs/parts/25_drift.ipynb #c0799160
+# %% ../../nbs/parts/25_drift.ipynb #f25bac36
 def rank_lists(
     benchmark:Benchmark, # With a protocol
     qf, # float[q,d]
@@ -229,7 +229,7 @@ def rank_lists(
 ): # matplotlib Figure: a row for each query, the query first
     "Draw the first answers to some queries."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(len(queries), k + 1, figsize=(7, 1.6*len(queries) + .3), dpi=60, squeeze=False)
+    fig, axs = plt.subplots(len(queries), k + 1, figsize=(.8*k + .8, 1.6*len(queries) + .3), dpi=54, squeeze=False)
     for i, row in zip(queries, axs): draw_answers(row, benchmark, qf, gf, i)
     fig.suptitle(f'{benchmark.protocol.name}: queries, first {k} answers', fontsize=9)
     fig.tight_layout(pad=.3, rect=(0, 0, 1, .98))
@@ -252,7 +252,7 @@ def draw_operating_point(
     ax.set_title(f'FMR {x:.4f}, TMR {1 - fnmr:.2f}', fontsize=9)
     ax.grid(alpha=.3)
 
-# %% ../../nbs/parts/25_drift.ipynb #72f8eab4
+# %% ../../nbs/parts/25_drift.ipynb #60061968
 def view_threshold(
     benchmark:Benchmark, # With a protocol
     qf, # float[q,d]
@@ -264,7 +264,7 @@ def view_threshold(
 ): # matplotlib Figure
     "Draw what a threshold does: to the scores, on the ROC curve, and to one search."
     import matplotlib.pyplot as plt
-    fig = plt.figure(figsize=(7, 4.4), layout='constrained')
+    fig = plt.figure(figsize=(7, 4.4), dpi=68, layout='constrained')
     above, below = fig.subfigures(2, height_ratios=(1.4, 1))
     left, right = above.subplots(1, 2)
     coarse = [counts.edges[::64], *(n.sum(0).reshape(-1, 64).sum(1) for n in (counts.genuine, counts.impostor))]
