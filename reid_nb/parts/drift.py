@@ -140,14 +140,17 @@ def plot_roc(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/parts/25_drift.ipynb #f1f43858
+# %% ../../nbs/parts/25_drift.ipynb #fe0bc6e2
 def write_curves(
     path, # PNG file
     result:dict, # Of `evaluate`
 ):
     "Write the ROC and DET curves of a result; where there are none, no older picture stays."
+    import matplotlib.pyplot as plt
     if not result['roc']: return Path(path).unlink(missing_ok=True)
-    with atomic_write(path, 'wb') as f: plot_roc(result).savefig(f, dpi=150, format='png')
+    fig = plot_roc(result)
+    with atomic_write(path, 'wb') as f: fig.savefig(f, dpi=150, format='png')
+    plt.close(fig)
 
 # %% ../../nbs/parts/25_drift.ipynb #363794b3
 def write_result(
@@ -172,7 +175,7 @@ def draw_pairs(
         ax.stairs(np.array(n)/max(np.sum(n), 1), edges, label=name, **look)
     ax.set(xlabel='cosine similarity', ylabel='share of the pairs')
 
-# %% ../../nbs/parts/25_drift.ipynb #e59fe843
+# %% ../../nbs/parts/25_drift.ipynb #2e84c710
 def plot_scores(
     result:dict, # Of `evaluate`
 ): # matplotlib Figure: histograms of scores with thresholds; FNIR against FPIR
@@ -182,13 +185,13 @@ def plot_scores(
     draw_pairs(left, result['scores']['edges'], result['scores']['genuine'], result['scores']['impostor'])
     for p in result['thresholds'].values(): left.axvline(p['threshold'], color='k', lw=1, ls=':')
     left.set_xlabel('cosine similarity (dotted: thresholds)')
-    left.set_title(f"pairs, {result['protocol']}", fontsize=10)
+    left.set_title(f"pairs, {result['protocol']}", fontsize=8)
     left.legend(fontsize=7)
     if found := result['open_set']:
         right.semilogx(found['fpir'], found['fnir'])
         right.set(xlabel='FPIR: alarms for strangers', ylabel='FNIR: enrolled, missed', ylim=(0, 1))
         searches = f"{found['enrolled']} enrolled + {found['strangers']} strangers"
-        right.set_title(f"open set, {result['protocol']}, {searches}", fontsize=8)
+        right.set_title(f"open set, {result['protocol']}\n{searches}", fontsize=8)
         right.grid(alpha=.3)
     fig.tight_layout()
     return fig
@@ -216,7 +219,7 @@ def draw_answers(
         ax.set_title(word if n is None or threshold is None else f'{score[n]:.2f} {word}', fontsize=8)
         for side in ax.spines.values(): side.set(color=color, linewidth=3, linestyle=style, alpha=.25 if pale else 1)
 
-# %% ../../nbs/parts/25_drift.ipynb #c0799160
+# %% ../../nbs/parts/25_drift.ipynb #f25bac36
 def rank_lists(
     benchmark:Benchmark, # With a protocol
     qf, # float[q,d]
@@ -226,7 +229,7 @@ def rank_lists(
 ): # matplotlib Figure: a row for each query, the query first
     "Draw the first answers to some queries."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(len(queries), k + 1, figsize=(7, 1.6*len(queries) + .3), dpi=60, squeeze=False)
+    fig, axs = plt.subplots(len(queries), k + 1, figsize=(.8*k + .8, 1.6*len(queries) + .3), dpi=54, squeeze=False)
     for i, row in zip(queries, axs): draw_answers(row, benchmark, qf, gf, i)
     fig.suptitle(f'{benchmark.protocol.name}: queries, first {k} answers', fontsize=9)
     fig.tight_layout(pad=.3, rect=(0, 0, 1, .98))
@@ -249,7 +252,7 @@ def draw_operating_point(
     ax.set_title(f'FMR {x:.4f}, TMR {1 - fnmr:.2f}', fontsize=9)
     ax.grid(alpha=.3)
 
-# %% ../../nbs/parts/25_drift.ipynb #72f8eab4
+# %% ../../nbs/parts/25_drift.ipynb #60061968
 def view_threshold(
     benchmark:Benchmark, # With a protocol
     qf, # float[q,d]
@@ -261,7 +264,7 @@ def view_threshold(
 ): # matplotlib Figure
     "Draw what a threshold does: to the scores, on the ROC curve, and to one search."
     import matplotlib.pyplot as plt
-    fig = plt.figure(figsize=(7, 4.4), layout='constrained')
+    fig = plt.figure(figsize=(7, 4.4), dpi=68, layout='constrained')
     above, below = fig.subfigures(2, height_ratios=(1.4, 1))
     left, right = above.subplots(1, 2)
     coarse = [counts.edges[::64], *(n.sum(0).reshape(-1, 64).sum(1) for n in (counts.genuine, counts.impostor))]
