@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import symtable
@@ -19,6 +20,8 @@ from urllib.request import urlopen
 import pytest
 from conftest import ROOT
 from test_browser import SHOTS, browser, network  # noqa: F401
+
+from reid_nb.parts.page import CONSENT
 
 # --- which cells a widget needs
 
@@ -35,6 +38,7 @@ def names_in(source):
     source = '\n'.join('pass' if line.startswith(('%', '!')) else line for line in source.splitlines())
     tables = [symtable.symtable(source, 'cell', 'exec')]
     gives, takes = {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported()}, set()
+    if '@patch' in source: gives |= {*re.findall(r'\(self:(\w+)', source)}     # a method more for a class
     while tables:
         table = tables.pop()
         tables += table.get_children()
@@ -55,8 +59,9 @@ def needed(cells):
 
 def test_the_cells_of_a_widget():
     cells = ['import os\nfrom math import sin', 'def f(x): return sin(x) + y', 'y = 1', 'z = [q for q in range(3)]',
-             'y += 2', '%matplotlib inline\ninteract(f, x=(0, 1))', 'print(f(1))', 'y = 3']
-    assert needed(cells) == [cells[k] for k in (0, 1, 2, 4, 5)]
+             'y += 2', 'class C: pass', '@patch\ndef g(self:C): pass',
+             '%matplotlib inline\ninteract(f, x=(0, 1), c=C())', 'print(f(1))', 'y = 3']
+    assert needed(cells) == [cells[k] for k in (0, 1, 2, 4, 5, 6, 7)]
 
 # --- JupyterLab
 
@@ -99,7 +104,7 @@ class Lab:
 
 @pytest.fixture(scope='module')
 def lab(browser, tmp_path_factory):  # noqa: F811
-    "JupyterLab in an empty folder, but for the toy city and the network that other tests have made."
+    "JupyterLab in an empty folder, but for the toy city that other tests have drawn."
     missing = [m for m in ('jupyterlab', 'ipywidgets') if not find_spec(m)]
     if missing: pytest.skip(f'{" and ".join(missing)} not installed: no notebook is opened')
     folder, settings = (tmp_path_factory.mktemp(name) for name in ('lab', 'settings'))
@@ -109,7 +114,7 @@ def lab(browser, tmp_path_factory):  # noqa: F811
     url, token = f'http://127.0.0.1:{port}', secrets.token_hex(16)
     server = server_of(folder, dict(port=port, token=token), settings)
     (folder/'nbs'/'_run').mkdir(parents=True)
-    for name in ('toy', 'checkpoint'): (folder/'nbs'/'_run'/name).symlink_to(ROOT/'nbs'/'_run'/name)
+    (folder/'nbs'/'_run'/'toy').symlink_to(ROOT/'nbs'/'_run'/'toy')
     try:
         wait_for_server(server, f'{url}/api?token={token}', settings/'log.txt')
         yield Lab(browser.new_page, folder, url, token)
@@ -199,4 +204,30 @@ NOTEBOOKS = [nb for d in ('nbs', 'nbs/parts') for nb in sorted((ROOT/d).glob('[0
 def test_widgets(lab, nb, toy):
     page = lab.open(nb.relative_to(ROOT).as_posix(), needed(sources(nb)))
     assert (run_all(page), try_widgets(page, nb.stem)) == ([], {})
+    page.close()
+
+# --- the demo in a cell
+
+@pytest.mark.long
+def test_the_demo_in_the_last_cell(lab, network):  # noqa: F811
+    "All cells of the lesson run, and the page below the last one works: somebody is enrolled in it."
+    out = lab.folder/'nbs'/'_run'/'08_demo'
+    out.mkdir()
+    shutil.copytree(network.parent, out/'network')
+    page = lab.open('nbs/08_demo.ipynb', sources(ROOT/'nbs'/'08_demo.ipynb'))
+    assert run_all(page) == []
+    frame = page.locator('.jp-Notebook .jp-Cell').last.locator('iframe')
+    frame.scroll_into_view_if_needed()
+    assert frame.get_attribute('src').startswith('http://127.0.0.1:')
+    demo = frame.content_frame
+    demo.get_by_role('heading', name='Who is it?').wait_for()
+    shot(page, 'demo')
+    demo.get_by_role('button', name='bruno_c1', exact=True).click()
+    demo.locator('video[src*="bruno_c1"]').wait_for()
+    demo.get_by_label('Name Surname').fill('Bruno')
+    demo.get_by_label(CONSENT).check()
+    demo.get_by_role('button', name='Submit', exact=True).click()
+    demo.get_by_text('Completed: Bruno is enrolled').wait_for()
+    demo.locator('.answer').scroll_into_view_if_needed()
+    shot(page, 'demo_enrolled')
     page.close()
