@@ -160,6 +160,10 @@ def test_readme_is_short_and_has_its_two_commands():
     commands = re.findall(r'^python3 -m venv .*$', text, re.M)
     assert ['reid_quickstart' in commands[0], commands[1].endswith('-m pytest tests')] == [True, True]
 
+def test_citation_says_what_settings_say():
+    cite = yaml.safe_load((cfg.config_path/'CITATION.cff').read_text(encoding='utf-8'))
+    assert (cite['version'], cite['repository-code'], cite['url'] + '/') == (cfg.version, cfg.git_url, SITE)
+
 def test_published_workflow_builds_the_same_site():
     "Quarto is there before the site is built, and what is published is the folder that it is built into."
     flow = yaml.safe_load((cfg.config_path/'.github'/'workflows'/'docs.yml').read_text(encoding='utf-8'))
