@@ -246,7 +246,7 @@ def quickstart(
     small:bool=False, # A walk of a minute, with too few people to mean anything
     thorough:bool=False, # Train longer, and with three seeds
 )->Path: # The report; raises `BadInput` where `dest` is taken, and what the steps raise
-    "Walk the whole street, from a toy city to a recognised person."
+    "Walk the whole line, from a toy city to a recognised person."
     if small and thorough: raise BadInput('a walk is either small or thorough')
     Path(dest).mkdir(parents=True, exist_ok=True)
     with lock(dest):
