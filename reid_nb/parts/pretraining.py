@@ -269,11 +269,11 @@ def show_crops(
 ):
     "Show pictures in a row, with words."
     import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(1, len(images), figsize=(.84*len(images),2.1), dpi=60, layout='constrained',
+    fig,axs = plt.subplots(1, len(images), figsize=(.8*len(images),2), dpi=60, layout='constrained',
                            squeeze=False)
     for ax,image in zip(axs[0], images): ax.imshow(image); ax.set(xticks=[], yticks=[])
-    for ax,word in zip(axs[0], over): ax.set_title(word, fontsize=8)
-    for ax,word in zip(axs[0], under): ax.set_xlabel(word, fontsize=8)
+    for ax,word in zip(axs[0], over): ax.set_title(word, fontsize=10)
+    for ax,word in zip(axs[0], under): ax.set_xlabel(word, fontsize=10)
 
 # %% ../../nbs/parts/22_pretraining.ipynb #9fcba493
 def load_backbone(
@@ -327,7 +327,7 @@ def plot_neighbours(
     "Show nearest neighbours: the same person in a solid frame and with a tick, others dotted and with a cross."
     import matplotlib.pyplot as plt
     rows = [(i,name) for i in queries for name in found]
-    fig,axs = plt.subplots(len(rows), n+1, figsize=(4.6,1.35*len(rows)), dpi=60, layout='constrained')
+    fig,axs = plt.subplots(len(rows), n+1, figsize=(4,1.2*len(rows)), dpi=60, layout='constrained')
     for row,(i,name) in zip(axs, rows):
         q = held.query[i]
         row[0].set_ylabel(name)
