@@ -15,9 +15,7 @@ from hypothesis import given, HealthCheck, settings, strategies as st
 from scipy.io import savemat
 from test_benchmarks import names_of, write_cuhk03
 
-from reid_nb.evaluate import (
-    calibrate, describe_result, evaluate, find_drift, identification_rate, load_npz, plot_scores, read_features,
-    summarize, write_json)
+from reid_nb.evaluate import calibrate, evaluate
 from reid_nb.parts.benchmarks import (
     Benchmark, check_parts, cuhk03_split, find_folder, hold_out, PARTS, PROTOCOLS, read_benchmark, read_part,
     read_set, read_split, Sample)
@@ -25,6 +23,8 @@ from reid_nb.parts import benchmarks
 from reid_nb.parts.core import BadInput, lock
 from reid_nb.parts.metrics import (
     chance, check_answers, operating_points, open_set, rank, score_counts, select_part, split_people, tied_queries)
+from reid_nb.parts.drift import find_drift, identification_rate, plot_scores
+from reid_nb.parts.scoring import describe_result, load_npz, read_features, summarize, write_json
 
 few = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -146,7 +146,8 @@ def test_no_nan_is_ever_written(tmp_path):
     ([1, 2, 3, 4], [0], (1, 2), 'distractors only')])
 def test_why_no_query_has_an_answer(tmp_path, monkeypatch, query, gallery, cams, words):
     "Said before anything is embedded, by evaluation and by calibration"
-    monkeypatch.setattr('reid_nb.evaluate.features_of', lambda *a, **k: pytest.fail('embedded for nothing'))
+    for room in 'evaluate', 'parts.scoring':
+        monkeypatch.setattr(f'reid_nb.{room}.features_of', lambda *a, **k: pytest.fail('embedded for nothing'))
     root = market_set(tmp_path, query, gallery, cams)
     for f in evaluate, calibrate:
         with pytest.raises(BadInput, match=f'no query has an answer: .*{words}'): f(data=root)
@@ -170,7 +171,7 @@ def odd_set(root):
 LEFT_OUT = '2 files left out', 'the first is 0100_c1s1_000001_00.tif', '1 files in subfolders', '0101/0101_c1s1'
 
 def test_what_is_left_out_is_said_by_whoever_reads(tmp_path, caplog, run):
-    from reid_nb.finetune import training_set
+    from reid_nb.parts.supervised import training_set
     root = odd_set(tmp_path/'set')
     readers = (lambda: read_benchmark('market_folder', root), lambda: training_set(root),
                lambda: evaluate(data=root, features=tmp_path/'none.npz'), lambda: calibrate(tmp_path/'none', root))
@@ -187,7 +188,7 @@ def test_what_is_left_out_is_said_by_whoever_reads(tmp_path, caplog, run):
     assert done.returncode == 2 and all(words in done.stderr for words in LEFT_OUT)
 
 def test_nothing_to_do_says_what_was_left_out(tmp_path):
-    from reid_nb.finetune import training_set
+    from reid_nb.parts.supervised import training_set
     for part in PARTS: (tmp_path/part).mkdir()
     for part in PARTS: (tmp_path/part/'0001_c1s1_000001_00.tif').write_bytes(b'x')
     with pytest.raises(BadInput, match='not one picture.*query: 1 files left out.*tif'):
@@ -469,7 +470,8 @@ def test_archives_of_other_things(scene, tmp_path):
 
 def test_files_that_cannot_be_written(scene, tmp_path, monkeypatch):
     "A folder where the file should be, a picture whose name is not UTF-8: said before anything is embedded"
-    monkeypatch.setattr('reid_nb.evaluate.features_of', lambda *a, **k: pytest.fail('embedded for nothing'))
+    for room in 'evaluate', 'parts.scoring':
+        monkeypatch.setattr(f'reid_nb.{room}.features_of', lambda *a, **k: pytest.fail('embedded for nothing'))
     root = market_set(tmp_path/'set', [1, 2], [1, 2])
     for how in dict(out=tmp_path), dict(embed_only=tmp_path):
         with pytest.raises(BadInput, match='a folder is there'): evaluate(data=root, **how)

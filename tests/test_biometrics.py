@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reid_nb import biometrics as bio
+from reid_nb.parts import decisions as dec
 from reid_nb.parts import gallery as gal
 from reid_nb.parts import tracks as ppl
 from reid_nb.parts.core import read_rgb
@@ -158,7 +159,7 @@ def test_a_decision_carries_its_evidence(films, tmp_path):
     bio.enroll('Red', films['red'], tmp_path/'g', MATCHER)
     d = bio.identify(films['again'], tmp_path/'g', MATCHER).decisions[0]
     assert (tmp_path/'g'/d.pair['crop']).is_file() and d.pair['score'] >= d.score and d.upper == .91
-    assert bio.evidence(d, tmp_path/'g').shape[0] == 256
+    assert dec.evidence(d, tmp_path/'g').shape[0] == 256
     json.dumps(bio.identify(films['again'], tmp_path/'g', MATCHER).to_dict())
 
 def test_the_score_is_the_mean_over_pairs():
@@ -253,6 +254,7 @@ KILL = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import test_biometrics as t
+from reid_nb.parts import decisions as dec
 from reid_nb.parts import gallery as gal
 def die(*args, **kw): os.kill(os.getpid(), signal.SIGKILL)
 def after(n, f):
@@ -286,6 +288,7 @@ MANY = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import test_biometrics as t
+from reid_nb.parts import decisions as dec
 from reid_nb.parts import gallery as gal
 for i in range(12):
     gal.Gallery(sys.argv[2], t.MATCHER, create=True).add(f'{sys.argv[3]} {i % 3}', t.template())

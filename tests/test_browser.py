@@ -1,5 +1,6 @@
 "The demo as people use it: a real browser, headless. Screenshots go to the folder that REID_SCREENSHOTS names."
 import os
+import re
 import shutil
 import threading
 import time
@@ -10,6 +11,8 @@ from conftest import ROOT
 from playwright.sync_api import expect, sync_playwright
 
 from reid_nb import demo
+from reid_nb.parts import door as door_
+from reid_nb.parts import page as page_
 from reid_nb.parts import tracks as people
 from reid_nb.biometrics import enroll
 from reid_nb.evaluate import calibrate
@@ -39,7 +42,7 @@ def network(toy):
 def site(network, toy, tmp_path):
     "The running demo, with nobody enrolled: (its address, the gallery's folder)"
     app = demo.build_demo(tmp_path/'gallery', network, examples=toy/'clips')
-    _, url, _ = demo.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
+    _, url, _ = door_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
     yield url, tmp_path/'gallery'
     app.close()
 
@@ -48,8 +51,10 @@ class Visitor:
     def __init__(self, browser, url, size='desktop', **kw):
         self.size, self.page = size, browser.new_page(viewport=SIZES[size], **kw)
         self.page.set_default_timeout(300_000)
-        self.errors = []
+        self.errors, self.asked = [], set()
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
+        self.page.on('request', lambda r: re.search('/gradio_api/(queue|run)/', r.url) and self.asked.add(r))
+        for event in 'requestfinished', 'requestfailed': self.page.on(event, lambda r: self.asked.discard(r))
         self.page.goto(url)
         self.page.get_by_role('tab', name='Enrollment').wait_for()     # comes after the heading, on a slow machine
 
@@ -64,14 +69,25 @@ class Visitor:
         tab.click()
         self.page.wait_for_timeout(300)
 
+    def settle(self):
+        "Wait until the page has all its answers: what comes late would be taken for an answer to what comes next."
+        end, quiet = time.monotonic() + 300, 0
+        while quiet < 3:
+            self.page.evaluate('() => new Promise(done => requestIdleCallback(done))')    # events of clicks are sent
+            self.page.wait_for_timeout(100)
+            quiet = 0 if self.asked else quiet + 1
+            assert time.monotonic() < end, f'no answer to {[r.url for r in self.asked]}'
+
     def example(self, name):
-        "Choose a clip of the toy city; wait until the sliders know it"
+        "Choose a clip of the toy city; wait until this clip is there, and the sliders know it"
         self.panel.get_by_role('button', name=name, exact=True).click()
-        self.panel.locator('video').first.wait_for()
+        self.panel.locator(f'video[src*="{name}"]').first.wait_for()
+        self.settle()
         self.page.wait_for_function("""() => [...document.querySelectorAll('[role=tabpanel] input[type=number]')]
             .filter(x => x.offsetParent).some(x => x.max > 0 && x.max < 4999)""")
 
     def upload(self, path):
+        self.settle()
         self.forget()
         self.panel.locator('input[type=file]').first.set_input_files(path)
 
@@ -80,6 +96,7 @@ class Visitor:
         self.page.evaluate("document.querySelectorAll('.answer').forEach(x => x.dataset.old = 1)")
 
     def click(self, name):
+        if name != 'Cancel': self.settle()
         self.forget()
         self.panel.get_by_role('button', name=name, exact=True).click()
 
@@ -103,7 +120,7 @@ def enrol(visitor, name, clip, kind='good'):
     visitor.tab('Enrollment')
     visitor.example(clip)
     visitor.panel.get_by_label('Name Surname').fill(name)
-    visitor.panel.get_by_label(demo.CONSENT).check()
+    visitor.panel.get_by_label(page_.CONSENT).check()
     return visitor.submit(kind)
 
 @pytest.mark.long
@@ -210,6 +227,51 @@ def test_a_late_list_undoes_no_choice(browser, site, network, toy, monkeypatch):
     expect(new_name).to_have_value('', timeout=300_000)
 
 @pytest.mark.long
+def test_late_pictures_do_not_replace_a_receipt(browser, site, network, toy, monkeypatch):
+    "Who is faster than a slow server's pictures of a person sees the receipt, not the pictures of who is forgotten."
+    url, gallery = site
+    enroll('Ada', toy/'clips'/'ada_c1.mp4', gallery, network)
+    come, started, show_now = threading.Event(), threading.Event(), demo.DemoBackend.show_samples
+    def late(self, *args):
+        pictures = show_now(self, *args)
+        started.set()
+        come.wait(60)
+        return pictures
+    monkeypatch.setattr(demo.DemoBackend, 'show_samples', late)
+    v = Visitor(browser, url)
+    v.tab('Gallery')
+    v.panel.get_by_label('Ada').check()
+    v.panel.get_by_text('Forget', exact=True).click()
+    v.panel.get_by_label('Delete this person for good').check()
+    assert started.wait(60)
+    v.panel.get_by_role('button', name='Delete', exact=True).click()
+    assert 'Receipt: Ada is forgotten' in v.answer('good')
+    come.set()
+    v.settle()
+    assert 'Receipt: Ada is forgotten' in v.answer('good') and v.panel.locator('figure').count() == 0
+
+@pytest.mark.long
+def test_a_clip_that_is_measured_late_does_not_wipe_an_answer(browser, site, monkeypatch):
+    "Who presses Submit before the sliders know the clip keeps the answer."
+    come, check, asked = threading.Event(), page_.check_clip, []
+    def late(video):
+        asked.append(video)
+        if len(asked) == 1: come.wait(60)     # the sliders ask first
+        return check(video)
+    monkeypatch.setattr(page_, 'check_clip', late)
+    v = Visitor(browser, site[0])
+    v.panel.get_by_role('button', name='ada_c1', exact=True).click()
+    v.panel.locator('video[src*="ada_c1"]').first.wait_for()
+    while not asked: v.page.wait_for_timeout(100)
+    v.panel.get_by_label('Name Surname').fill('Ada')
+    v.panel.get_by_label(page_.CONSENT).check()
+    v.panel.get_by_role('button', name='Submit', exact=True).click()
+    assert 'Completed: Ada is enrolled' in v.answer('good')
+    come.set()
+    v.settle()
+    assert 'Completed: Ada is enrolled' in v.answer('good')
+
+@pytest.mark.long
 def test_a_visit_by_phone(browser, site):
     "Who is meant is chosen, not typed; nothing is wider than the screen; a stranger in company stays unknown."
     url, gallery = site
@@ -244,7 +306,7 @@ def test_what_goes_wrong_is_said_and_replaces_the_old_answer(browser, site, tmp_
     assert v.panel.locator('figure').count() > 5
     v.panel.get_by_label('Name Surname').fill('../../etc')
     assert 'cannot be a name' in v.submit('error') and v.panel.locator('figure').count() == 0
-    v.panel.get_by_label(demo.CONSENT).uncheck()
+    v.panel.get_by_label(page_.CONSENT).uncheck()
     assert 'consent' in v.submit('error')
     v.tab('Verification')
     assert 'no identity is claimed' in v.submit('error')
@@ -268,7 +330,7 @@ def test_progress_and_cancel(browser, site):
         v.tab('Enrollment')
         v.example('ada_c1')
         v.panel.get_by_label('Name Surname').fill('Ada')
-        v.panel.get_by_label(demo.CONSENT).check()
+        v.panel.get_by_label(page_.CONSENT).check()
         v.click('Submit')
         v.page.get_by_text('looking for people').first.wait_for()
         v.shot('progress')
@@ -299,8 +361,8 @@ def test_keyboard_and_labels(browser, site):
 def test_who_has_no_password_stays_outside(browser, network, tmp_path):
     (tmp_path/'login').write_text('ada:count:ess\n')
     app = demo.build_demo(tmp_path/'gallery', network)
-    login = demo.read_login(tmp_path/'login')
-    _, url, _ = demo.serve_demo(app, login=login, prevent_thread_lock=True, quiet=True, inline=False)
+    login = door_.read_login(tmp_path/'login')
+    _, url, _ = door_.serve_demo(app, login=login, prevent_thread_lock=True, quiet=True, inline=False)
     page = browser.new_page()
     page.goto(url)
     def enter(password):

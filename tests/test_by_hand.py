@@ -14,6 +14,7 @@ from test_biometrics import BLUE, GREEN, MATCHER, POINTS, RED, colours, crops, f
 
 from reid_nb import biometrics as bio
 from reid_nb import demo
+from reid_nb.parts import decisions as dec
 from reid_nb.parts import gallery as gal
 from reid_nb.parts.core import BadInput
 from reid_nb.parts.tracks import Matcher
@@ -34,7 +35,7 @@ def test_a_lost_crop_takes_no_answer_away(root, films, spoil):  # noqa: F811
     for path in files_of(root, 'Red'): spoil(path)
     outcome = bio.identify(films['again'], root, MATCHER)
     assert outcome.decisions[0].name == 'Red'
-    assert (bio.evidence(outcome.decisions[0], root)[:,-40:] == bio.side_by_side(
+    assert (dec.evidence(outcome.decisions[0], root)[:,-40:] == dec.side_by_side(
         outcome.decisions[0].shot.crop, gal.missing_picture())[:,-40:]).all()
     backend = demo.DemoBackend(root, MATCHER)
     for reply in (backend.identify_clip(films['again'], 0, 59, 'g', 'query', '0.01'),

@@ -21,12 +21,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from reid_nb import crop_store as cs
-from reid_nb.parts.core import decode
+from reid_nb.crop_store import CropDataset, CropStore, pack, video_source
 from reid_nb.parts.augment import decode_batch, group
-from reid_nb.crop_store import (
-    chain_digest, count_store, CropDataset, CropStore, export_crops, Item, list_crops, lmdb_source, pack, parse_key,
-    sample_sheet, shard_source, Source, verify_store, video_source)
-from reid_nb.parts.core import BadInput
+from reid_nb.parts.core import BadInput, decode
+from reid_nb.parts.packing import (
+    count_store, export_crops, list_crops, lmdb_source, OLD_ROW, sample_sheet, shard_source, Source, verify_store)
+from reid_nb.parts.store import (
+    chain_digest, close_readers, Item, measure_item, open_lmdb, open_reader, parse_key)
 
 @pytest.fixture(scope='module')
 def crops(tmp_path_factory):
@@ -97,7 +98,7 @@ def test_killed_again_and_again_in_the_middle_of_a_transaction(crops, store, tmp
         if 'done' in note: count['notes'] += 1
         if count['notes'] == 3: raise KeyboardInterrupt
         return dumps(note)
-    monkeypatch.setattr(cs.json, 'dumps', die)
+    monkeypatch.setattr(json, 'dumps', die)
     for k in range(deaths):
         count.clear()
         with pytest.raises(KeyboardInterrupt): pack(crops, path, 20)
@@ -216,6 +217,18 @@ def test_bad_input(crops, tmp_path, run, crops_, store_, words):
     done = run('reid_pack', crops if crops_ == 'crops' else tmp_path/crops_, tmp_path/store_)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert before.items() <= sizes(tmp_path).items() and not (tmp_path/'a.lmdb').exists()
+
+@pytest.mark.parametrize('look', [
+    CropStore, verify_store, lmdb_source, lambda path: pack(path.parent, path),
+    lambda path: open_lmdb(path, readonly=True), lambda path: open_lmdb(path, map_size=1 << 20)])
+def test_a_picture_in_the_place_of_a_store(crops, tmp_path, look):
+    "It is refused, and nothing is left beside it; a lock file of somebody else stays."
+    path = tmp_path/'a.jpg'
+    shutil.copy(next(crops.rglob('*.jpg')), path)
+    for there in ['a.jpg'], ['a.jpg', 'a.jpg-lock']:
+        with pytest.raises(BadInput, match='a.jpg'): look(path)
+        assert sorted(os.listdir(tmp_path)) == there
+        (tmp_path/'a.jpg-lock').touch()
 
 def test_no_such_store(tmp_path):
     with pytest.raises(BadInput, match='no such store'): CropStore(tmp_path/'none.lmdb')
@@ -519,14 +532,14 @@ def test_copies_by_lmdb_are_equal(crops, store, tmp_path):
         want, n = quiet(path), f'{k}.lmdb'
         for compact in False, True:
             copy = tmp_path/f'copy_{compact}_{n}'
-            cs.open_reader(path).copy(str(copy), compact=compact)
+            open_reader(path).copy(str(copy), compact=compact)
             got = quiet(copy)
             assert got.digest == want.digest and (got.keys == want.keys).all() and (got.rows == want.rows).all()
             assert list(got) == list(want) and got.finished == want.finished == (path != half)
         assert copy.stat().st_size <= os.path.getsize(path)
         if path != half: assert verify_store(copy) == 2400
     shutil.copy(copy, tmp_path/'go_on.lmdb')
-    cs.open_reader(half).copy(str(tmp_path/'half_copy.lmdb'), compact=True)
+    open_reader(half).copy(str(tmp_path/'half_copy.lmdb'), compact=True)
     assert pack(crops, tmp_path/'half_copy.lmdb').digest == store.digest   # a copy of a half goes on too
 
 def test_copies_by_the_program_are_equal(crops, tmp_path):
@@ -556,12 +569,12 @@ def write_form_2(path, items, shelf=7, finished=True):
     tables['facts'][b'begun'] = json.dumps(dict(schema=2, items=len(items), source='x')).encode()
     for k in range(0, len(items), shelf):
         rows, number, some = [], b'%08d' % (k//shelf), items[k:k+shelf]
-        for item in map(cs.measure_item, some):
+        for item in map(measure_item, some):
             *_, pid, frame = parse_key(item.key.decode())
             rows.append((len(item.data), 0, pid, frame, item.box, *item.measures))
             digest = chain_digest(digest, item.key, item.data)
         tables['images'][number] = b''.join(item.data for item in some).ljust(4096, b'\0') + bytes(16)
-        tables['rows'][number] = np.array(rows, cs.OLD_ROW).tobytes()
+        tables['rows'][number] = np.array(rows, OLD_ROW).tobytes()
         tables['keys'][number] = zlib.compress(b'\0'.join(item.key for item in some))
         note = dict(done=k + len(some), count=k + len(some), digest=digest.hex(), skipped=[], at=16,
                     folders=['alba/porto/toyVideo000'] if k == 0 else [])
@@ -732,13 +745,13 @@ def test_a_file_in_the_place_of_another(crops, store, tmp_path, copied):
     path = tmp_path/'c.lmdb'
     shutil.copy(store.path, path)
     Path(f'{path}-lock').touch()     # as a killed packer leaves it
-    old = cs.CropStore(path)
+    old = CropStore(path)
     path.unlink()
     if copied: shutil.copy(store.path, path)
-    new = cs.CropStore(path) if copied else pack(crops, path)
+    new = CropStore(path) if copied else pack(crops, path)
     assert new.digest == old.digest and new[7] == old[7]
 
 def test_by_key(store):
     assert store.get(bytes(store.keys[7])) == store[7] and store.get(b'nobody') is None
-    cs.close_readers(store.path)     # as packing does
+    close_readers(store.path)     # as packing does
     assert store.get(bytes(store.keys[7])) == store[7]

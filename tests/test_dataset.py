@@ -21,6 +21,7 @@ from reid_nb.parts import download
 from reid_nb.parts import detect
 from reid_nb.parts import core
 from reid_nb import dataset as dataset_
+from reid_nb.parts import extract as extract_
 from reid_nb.parts.detections import read_dets, safe_load
 from reid_nb.parts.core import BadInput
 
@@ -355,7 +356,7 @@ def real_crops(data, run, tmp_path_factory):
 @pytest.mark.long
 def test_real_city_counts_add_up(real_crops):
     dest, printed = real_crops
-    counts = {c['video'][-3:]: c for c in dataset_.crop_counts(dest)}
+    counts = {c['video'][-3:]: c for c in extract_.crop_counts(dest)}
     assert {k: c['boxes'] for k, c in counts.items()} == dict(v01=1217, v05=342, By1=161)
     for c in counts.values():
         files = list((dest.joinpath(*c['video'].split('+'))).glob('*.jpg'))

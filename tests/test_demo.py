@@ -20,6 +20,8 @@ from reid_nb import biometrics as bio
 from reid_nb.parts import gallery as gal
 from reid_nb.parts import tracks as ppl
 from reid_nb import demo
+from reid_nb.parts import door as door_
+from reid_nb.parts import page as page_
 from reid_nb.parts.core import BadInput
 from reid_nb.parts.tracks import frame_times
 
@@ -101,7 +103,7 @@ def test_the_network_is_loaded_once(ckpt, films, tmp_path, monkeypatch):
 def test_nobody_is_enrolled_without_consent(backend, films):
     assert 'consent' in backend.enroll_clip(films['red'], 0, 59, 'Red', False).html and backend.names() == []
     backend.enroll_clip(films['red'], 0, 59, 'Red', True)
-    assert gal.Gallery(backend.gallery).store.read('SELECT consent FROM templates') == [(demo.CONSENT,)]
+    assert gal.Gallery(backend.gallery).store.read('SELECT consent FROM templates') == [(page_.CONSENT,)]
 
 def test_deleting_gives_a_receipt_and_takes_the_query_too(known, films, tmp_path):
     known.identify_clip(films['red'], 0, 59, 'gallery', 'query', '0.01')
@@ -137,15 +139,15 @@ def test_paths_stay_below_the_root(known, films, tmp_path, path):
 @settings(max_examples=300, deadline=None)
 def test_no_text_leads_out_of_the_root(path):
     root = Path('/tmp').resolve()/'root'
-    try: full = demo.confine(root, path)
+    try: full = page_.confine(root, path)
     except BadInput: return
     assert root in full.parents
 
 @given(st.text())
 @settings(max_examples=200, deadline=None)
 def test_nothing_gets_into_the_page_unescaped(text):
-    plain = demo.answer_box('bad', 'x', ['x'])
-    assert re.findall('<[^>]*', demo.answer_box('bad', text, [text])) == re.findall('<[^>]*', plain)
+    plain = page_.answer_box('bad', 'x', ['x'])
+    assert re.findall('<[^>]*', page_.answer_box('bad', text, [text])) == re.findall('<[^>]*', plain)
 
 def test_another_models_gallery_is_refused(known, tmp_path):
     other = ppl.Matcher(colours, 'b'*64, POINTS)
@@ -159,7 +161,7 @@ def test_another_models_gallery_is_refused(known, tmp_path):
 @pytest.fixture
 def client(tmp_path):
     app = demo.build_demo(tmp_path/'root'/'gallery', MATCHER)
-    _, url, public = demo.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
+    _, url, public = door_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
     assert url.startswith('http://127.0.0.1:') and not public
     yield Client(url, verbose=False)
     app.close()

@@ -16,6 +16,8 @@ from test_biometrics import MATCHER, template
 from test_browser import browser  # noqa: F401
 
 from reid_nb import demo
+from reid_nb.parts import door as door_
+from reid_nb.parts import page as page_
 from reid_nb.parts.core import BadInput
 from reid_nb.parts.gallery import Gallery
 
@@ -27,7 +29,7 @@ def page(tmp_path_factory):
     root = tmp_path_factory.mktemp('door')/'gallery'
     Gallery(root, MATCHER, create=True).add('Ada', template())
     app = demo.build_demo(root, MATCHER)
-    _, url, _ = demo.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False, names=['reid.example.org'])
+    _, url, _ = door_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False, names=['reid.example.org'])
     yield int(url.rstrip('/').rsplit(':', 1)[1])
     app.close()
 
@@ -74,13 +76,13 @@ def test_other_pages_may_ask_nothing(page, origin):
 
 @given(st.text(), st.one_of(st.none(), st.text()))
 def test_any_header_is_answered(host, origin):
-    door = demo.OwnPagesOnly(None, set)
+    door = door_.OwnPagesOnly(None, set)
     why = door.refuse(dict(host=host) | (dict(origin=origin) if origin is not None else {}))
-    assert why or demo.host_of(host) in ('127.0.0.1', 'localhost', '::1')
+    assert why or door_.host_of(host) in ('127.0.0.1', 'localhost', '::1')
     assert '\n' not in why
 
 def test_every_number_of_a_machine_that_listens_everywhere():
-    door = demo.OwnPagesOnly(None, lambda: {'box'}, numbers=True)
+    door = door_.OwnPagesOnly(None, lambda: {'box'}, numbers=True)
     def served(host): return not door.refuse(dict(host=host))
     assert all(map(served, ['192.168.1.5:7860', '[fe80::1]:7860', 'box', 'localhost']))
     assert not any(map(served, [EVIL, '1.2.3.4.example', 'fe80.example', '']))
@@ -179,7 +181,7 @@ def test_proxies_come_back(monkeypatch):
     monkeypatch.setenv('NO_PROXY', 'b')
     before = dict(os.environ)
     for outside in False, True:
-        with demo.no_proxies(outside):
+        with page_.no_proxies(outside):
             assert ('http_proxy' in os.environ) == outside and '127.0.0.1' in os.environ['no_proxy']
         assert dict(os.environ) == before
 
@@ -198,7 +200,7 @@ def test_launching_never_ends_in_a_traceback(monkeypatch, tmp_path):
     def no(*args, **kw): raise ValueError('When localhost is not\naccessible')
     monkeypatch.setattr(app, 'launch', no)
     with pytest.raises(BadInput, match='cannot be started: ValueError: When localhost is not accessible'):
-        demo.serve_demo(app)
+        door_.serve_demo(app)
 
 # --- what was swept away, and what nobody foresaw
 
@@ -206,7 +208,7 @@ def test_a_clip_that_was_swept_away(page, tmp_path, capfd):
     backend = demo.DemoBackend(tmp_path/'g', MATCHER)
     reply = backend.enroll_clip(str(tmp_path/'gone.mp4'), 0, 10, 'Ada', True)
     assert 'upload it again' in reply.html and 'class="answer error"' in reply.html
-    assert 'upload it again' in demo.slider_updates(str(tmp_path/'gone.mp4'))[2]
+    assert 'upload it again' in page_.slider_updates(str(tmp_path/'gone.mp4'))[2]
 
 def test_a_fault_is_an_answer(tmp_path, monkeypatch, capfd):
     backend = demo.DemoBackend(tmp_path/'g', MATCHER)

@@ -16,9 +16,11 @@ from reid_nb.parts.core import BadInput
 from reid_nb.parts.metrics import (
     auc_eer, average_queries, bootstrap, check_rerank, compare_scores, draw_people, expand_queries, open_set,
     operating_points, pair_figures, rank_with, rates, rerank_distances, split_people, threshold_at)
-from reid_nb.evaluate import (
-    camera_matrix, embedding_map, evaluate, features_of, find_drift, identification_rate, plot_rates, plot_roc,
-    plot_scores, rank_lists, read_features, some_of_each, summarize, write_features)
+from reid_nb.parts.drift import (
+    camera_matrix, embedding_map, find_drift, identification_rate, plot_rates, plot_roc, plot_scores, rank_lists,
+    some_of_each)
+from reid_nb.parts.scoring import features_of, read_features, summarize, write_features
+from reid_nb.evaluate import evaluate
 
 FIGURES = {'mAP', 'rank1', 'rank5', 'rank10', 'mINP'}
 

@@ -19,7 +19,8 @@ from reid_nb.parts.metrics import chance, rank
 from reid_nb.parts.core import BadInput
 from reid_nb import finetune as finetuning
 from reid_nb.parts.weights import embed, load_model
-from reid_nb.finetune import pk_batches, RECIPES, score, take_labels, Trainer, TrainImages, training_set
+from reid_nb.finetune import score, Trainer
+from reid_nb.parts.supervised import pk_batches, RECIPES, take_labels, TrainImages, training_set
 from reid_nb.parts.weights import load_checkpoint, save_checkpoint
 from reid_nb.parts.training import change_recipe, read_state, Run
 from reid_nb.parts.weights import read_weights, transfer_weights

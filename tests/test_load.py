@@ -11,7 +11,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from test_biometrics import MATCHER
 from reid_nb import demo
-demo.serve_demo(demo.build_demo(sys.argv[2], MATCHER), int(sys.argv[3]), quiet=True)
+from reid_nb.parts import door as door_
+door_.serve_demo(demo.build_demo(sys.argv[2], MATCHER), int(sys.argv[3]), quiet=True)
 """
 
 @pytest.mark.long

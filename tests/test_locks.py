@@ -13,6 +13,7 @@ from test_dataset import boxes_for, film, listed, noise, one_line, site, small_c
 
 from reid_nb import crop_store as cs
 from reid_nb import dataset as dataset_
+from reid_nb.parts import extract as extract_
 from reid_nb.parts.core import BadInput, lock
 from reid_nb.parts.detections import Dets, write_dets
 
@@ -75,7 +76,7 @@ def test_twice_at_once_and_killed(city, tmp_path, run, what):
     assert finish(again).returncode == 0 or third and third.returncode == 0, again.stderr
     assert run(*command).returncode == 0
     if what == 'extract':
-        counts, = dataset_.crop_counts(dest)
+        counts, = extract_.crop_counts(dest)
         assert counts['crops'] == len(list(dest.rglob('*.jpg'))) == 6000
     if what == 'pack': assert cs.verify_store(dest.with_suffix('.lmdb')) == 6000
 

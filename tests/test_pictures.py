@@ -14,7 +14,7 @@ from PIL import Image
 from reid_nb.crop_store import pack
 from reid_nb.parts.benchmarks import read_benchmark
 from reid_nb.parts.core import BadInput, decode, read_rgb
-from reid_nb.evaluate import features_of
+from reid_nb.parts.scoring import features_of
 from reid_nb.parts.weights import SMALL
 
 def encoded(form, mode='RGB', **kw):

@@ -17,7 +17,8 @@ from test_dataset import boxes_for, film, listed, one_line, small_city, tree
 from reid_nb import crop_store as cs
 from reid_nb import dataset as dataset_
 from reid_nb.parts import align as al
-from reid_nb.parts import detect, download
+from reid_nb.parts import detect, download, packing
+from reid_nb.parts import extract as extract_
 from reid_nb.parts.core import BadInput, decode
 from reid_nb.parts.detections import read_dets
 from reid_nb.parts.parallel import run_jobs
@@ -308,7 +309,7 @@ def test_a_video_that_breaks_the_decoder_does_not_end_the_job(run, tmp_path, mon
     monkeypatch.setattr(dataset_, 'cut_people', odd)
     with pytest.raises(BadInput) as e: dataset_.extract(videos, dets, tmp_path/'crops', workers=1)
     assert '2 of 3' in str(e.value) and names[0] in str(e.value) and names[2] in str(e.value)
-    assert [c['video'] for c in dataset_.crop_counts(tmp_path/'crops')] == [names[1][:-4]]
+    assert [c['video'] for c in extract_.crop_counts(tmp_path/'crops')] == [names[1][:-4]]
 
 def test_a_dangling_link_is_one_failure(run, tmp_path):
     videos, dets = small_city(tmp_path)
@@ -452,11 +453,11 @@ def test_a_census_that_is_none(run, tmp_path):
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=3),
                     lambda x: st.lists(x, max_size=3) | st.dictionaries(
-                        st.sampled_from([*dataset_.COUNTS, 'dets_height', *al.Fit._fields, 'state', 'dets', 'a']),
+                        st.sampled_from([*extract_.COUNTS, 'dets_height', *al.Fit._fields, 'state', 'dets', 'a']),
                         x, max_size=12), max_leaves=15)
 
 @HERE
-@given(said=JSON, cut=st.integers(0, 40), keep=st.sets(st.sampled_from(list(dataset_.COUNTS))))
+@given(said=JSON, cut=st.integers(0, 40), keep=st.sets(st.sampled_from(list(extract_.COUNTS))))
 def test_notes_beside_results_may_hold_anything(tmp_path, said, cut, keep):
     "counts.json, verdicts, notes of detections: a result, or one line."
     good = dict(video='xx+yy+videoNumbr1', made_from={}, boxes=1, crops=1, dropped={}, beyond=0, tracks={'1': 1},
@@ -467,7 +468,7 @@ def test_notes_beside_results_may_hold_anything(tmp_path, said, cut, keep):
     for p in path, verdict:
         p.parent.mkdir(parents=True, exist_ok=True)
         p.write_text(text[:cut] if cut else text)
-    for read in (lambda: dataset_.report_crops(tmp_path/'crops'), lambda: cs.read_places(path.parent),
+    for read in (lambda: extract_.report_crops(tmp_path/'crops'), lambda: packing.read_places(path.parent),
                  lambda: al.describe_verdicts(al.read_verdicts(tmp_path/'al'))):
         try: read()
         except BadInput as e: assert '.json' in str(e)
@@ -487,7 +488,7 @@ PLAIN = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st
 def test_pickles_may_hold_anything(tmp_path, said):
     path = tmp_path/'a.pkl'
     path.write_bytes(pickle.dumps(said))
-    for read in read_dets, cs.read_keys:
+    for read in read_dets, packing.read_keys:
         try: read(path)
         except BadInput as e: assert 'a.pkl' in str(e)
 
@@ -533,6 +534,7 @@ def test_folders_with_any_names(tmp_path, names, ending):
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     for name in names: (root/f'{name}{ending}').write_bytes(b'x')
-    for read in cs.list_crops, detect.find_videos, cs.folder_source, lambda r: detect.find_pairs(r, r), cs.find_lmdb:
+    for read in (packing.list_crops, detect.find_videos, cs.folder_source, lambda r: detect.find_pairs(r, r),
+                 packing.find_lmdb):
         try: read(root)
         except BadInput as e: assert str(root) in str(e)

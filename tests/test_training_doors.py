@@ -22,10 +22,10 @@ from test_finetune import finetune
 from test_moco import FAST as MOCO, pretrain, torchrun, wait_for_step
 
 from reid_nb.crop_store import pack
-from reid_nb.finetune import Recipe, RECIPES, training_set
-from reid_nb.parts.pretraining import MoCoRecipe, warn_of_collapse
 from reid_nb.parts.core import BadInput, lock, rng_of, sha256, write_image
 from reid_nb.parts.models import build_backbone
+from reid_nb.parts.pretraining import MoCoRecipe, warn_of_collapse
+from reid_nb.parts.supervised import Recipe, RECIPES, training_set
 from reid_nb.parts.training import change_recipe, get_recipe, read_state, Run, Session
 from reid_nb.parts.weights import (
     export_onnx, load_checkpoint, load_model, read_thresholds, read_weights, save_checkpoint, SMALL, transfer_weights)

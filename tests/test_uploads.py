@@ -14,6 +14,8 @@ from test_demo import images, kind
 from reid_nb import biometrics as bio
 from reid_nb.parts import film as film_
 from reid_nb import demo
+from reid_nb.parts import door as door_
+from reid_nb.parts import page as page_
 from reid_nb.parts.core import BadInput
 from reid_nb.parts.tracks import find_tracks, frame_times
 from reid_nb.parts.video import read_frames
@@ -29,7 +31,7 @@ def refused(backend, path, word):
     for got in (backend.enroll_clip(path, 0, 59, 'Red', True), backend.verify_clip(path, 0, 59, 'Red', '0.01'),
                 backend.identify_clip(path, 0, 59, 'gallery', 'query', '0.01')):
         assert kind(got) == 'error' and word in got.html and not got.film and str(path.parent) not in got.html, got
-    updates = demo.slider_updates(str(path))
+    updates = page_.slider_updates(str(path))
     assert kind(updates[2]) == 'error' and word in updates[2]
     assert not backend.root.exists()
 
@@ -82,13 +84,13 @@ def test_ten_hours(backend, tmp_path, clip):
     assert kind(backend.enroll_clip(tmp_path/'liar.mp4', 0, 59, 'Red', True)) == 'good'
 
 def test_too_large(backend, tmp_path, clip, monkeypatch):
-    monkeypatch.setattr(demo, 'MAX_PIXELS', 90_000)
+    monkeypatch.setattr(page_, 'MAX_PIXELS', 90_000)
     refused(backend, clip, '400x240 pixels')
     monkeypatch.undo()
-    monkeypatch.setattr(demo, 'MAX_MB', .001)
+    monkeypatch.setattr(page_, 'MAX_MB', .001)
     refused(backend, clip, 'more than')
     monkeypatch.undo()
-    monkeypatch.setattr(demo, 'MAX_FRAMES', 10)
+    monkeypatch.setattr(page_, 'MAX_FRAMES', 10)
     assert 'at most 10' in backend.enroll_clip(clip, 0, 30, 'Red', True).html
     assert kind(backend.enroll_clip(clip, 20, 29, 'Red', True)) == 'good'
 
@@ -169,26 +171,26 @@ def test_visitors_are_served_in_the_order_of_their_coming(backend):
         with backend.queue.turn(lambda share, what: None):
             gate.wait(30)
             served.append(k)
-    threads = [threading.Thread(target=visit, args=[k]) for k in range(demo.MAX_VISITORS)]
+    threads = [threading.Thread(target=visit, args=[k]) for k in range(page_.MAX_VISITORS)]
     for k, t in enumerate(threads):
         t.start()
         while len(backend.queue.waiting) <= k: time.sleep(.01)
-    with pytest.raises(demo.Busy), backend.queue.turn(demo.no_progress): served.append('too many')
+    with pytest.raises(page_.Busy), backend.queue.turn(page_.no_progress): served.append('too many')
     assert kind(backend.erase('Red', True)) == 'busy'
     gate.set()
     for t in threads: t.join()
-    assert served == list(range(demo.MAX_VISITORS)) and backend.queue.waiting == []
+    assert served == list(range(page_.MAX_VISITORS)) and backend.queue.waiting == []
 
 def test_who_waits_can_leave(backend):
-    def leave(share, what): raise demo.Cancelled
+    def leave(share, what): raise page_.Cancelled
     backend.queue.waiting.append('somebody')
     assert kind(backend.rename('Red', 'Blue', progress=leave)) == 'stop' and backend.queue.waiting == ['somebody']
 
 def test_films_do_not_pile_up(backend, clip):
     backend.enroll_clip(clip, 0, 59, 'Red', True)
-    made = [backend.verify_clip(clip, 5, 25, 'Red', '0.01').film for _ in range(demo.MAX_VISITORS + 4)]
+    made = [backend.verify_clip(clip, 5, 25, 'Red', '0.01').film for _ in range(page_.MAX_VISITORS + 4)]
     there = set(p for p in made if p.is_file())
-    assert made[-1] in there and len(there) <= demo.MAX_VISITORS + 1
+    assert made[-1] in there and len(there) <= page_.MAX_VISITORS + 1
     backend.erase('Red', True)
     assert not any(p.is_file() for p in made)
 
@@ -197,9 +199,9 @@ def test_films_do_not_pile_up(backend, clip):
 def test_others_need_a_login(tmp_path):
     app = demo.build_demo(tmp_path/'gallery', MATCHER)
     for kw in dict(host='0.0.0.0'), dict(share=True), dict(host='example.org'):
-        with pytest.raises(BadInput, match='--login'): demo.serve_demo(app, **kw)
+        with pytest.raises(BadInput, match='--login'): door_.serve_demo(app, **kw)
 
 @pytest.mark.parametrize('text', ['', 'ada', 'ada:', ':secret', 'ada:x\nbob', None])
 def test_login_files_that_make_no_sense(tmp_path, text):
     if text is not None: (tmp_path/'login').write_text(text)
-    with pytest.raises(BadInput, match='login'): demo.read_login(tmp_path/'login')
+    with pytest.raises(BadInput, match='login'): door_.read_login(tmp_path/'login')

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reid_nb import biometrics as bio
-from reid_nb import demo
+from reid_nb.parts import decisions as dec
+from reid_nb.parts import page as page_
 from reid_nb.parts import tracks as tracks_
 from reid_nb.parts import video as video_
 from reid_nb.parts.core import BadInput
@@ -203,7 +203,7 @@ def test_a_name_is_a_name(tmp_path, monkeypatch, name):
     name, out = os.fsdecode(name), os.fsdecode(b'film ' + name + b'.mp4')
     Path(name).write_bytes(source.read_bytes())
     assert len(frames(name)) == len(frames(Path(name).absolute())) == video_.count_frames(name) == 5
-    assert len(tracks_.frame_times(name)) == video_facts(name)['frames'] == demo.check_clip(name) == 5
+    assert len(tracks_.frame_times(name)) == video_facts(name)['frames'] == page_.check_clip(name) == 5
     assert [i for i, *_ in video_.read_frames(name, [1, 3])] == [1, 3]
     assert len(frames(draw_film(name, out, [], {}))) == 5 and Path(out).is_file()
     assert len(list(Path().iterdir())) == 2
@@ -249,7 +249,7 @@ def test_a_list_of_addresses_is_no_video(tmp_path, server, kind, ending):
     secret = film(tmp_path/'secret.ts', 3)
     path = tmp_path/f'list.{ending}'
     path.write_text(LISTS[kind].format(url=url, secret=secret))
-    for f in (frames, video_.count_frames, tracks_.frame_times, video_facts, demo.check_clip, tracks_.find_tracks):
+    for f in (frames, video_.count_frames, tracks_.frame_times, video_facts, page_.check_clip, tracks_.find_tracks):
         with pytest.raises(BadInput, match='this is not a video'): f(path)
     assert asked == []
 
@@ -285,7 +285,7 @@ def with_cover(path, attached=True, stills=1, last=False):
 def counts(path):
     "How many frames there are, said by everything that says so."
     return {len(frames(path)), video_.count_frames(path), len(tracks_.frame_times(path)), video_facts(path)['frames'],
-            demo.check_clip(path), len(frames(draw_film(path, path.with_name('film.mp4'), [], {})))}
+            page_.check_clip(path), len(frames(draw_film(path, path.with_name('film.mp4'), [], {})))}
 
 @pytest.mark.parametrize('ending', ['mkv', 'mp4', 'mov'])
 @pytest.mark.parametrize('kw', [dict(), dict(attached=False), dict(attached=False, stills=4), dict(last=True),
@@ -309,7 +309,7 @@ def sound(path, cover):
 @pytest.mark.parametrize('cover', [False, True])
 def test_sound_alone(tmp_path, cover):
     path = sound(tmp_path/'a.mp4', cover)
-    for f in (frames, video_.count_frames, tracks_.frame_times, video_facts, demo.check_clip, tracks_.find_tracks):
+    for f in (frames, video_.count_frames, tracks_.frame_times, video_facts, page_.check_clip, tracks_.find_tracks):
         with pytest.raises(BadInput, match='holds no video stream'): f(path)
 
 def test_a_codec_that_nobody_knows_and_a_title_in_latin_1(tmp_path):
@@ -392,7 +392,7 @@ def test_a_clock_that_jumps(tmp_path, ending, hours):
     path = film(tmp_path/f'a.{ending}', times=STEADY + 3_600_000*hours*LATER)
     times = tracks_.frame_times(path)
     assert len(times) == 40 and (np.diff(times) > 0).all() and times[-1] < 15 and abs(times[19] - 1.9) < .01
-    assert demo.check_clip(path) == 40 and 40/video_facts(path)['fps'] < 15
+    assert page_.check_clip(path) == 40 and 40/video_facts(path)['fps'] < 15
 
 def test_clocks(tmp_path):
     def seconds(ms, rate=0): return video_.pts_to_seconds(list(ms), 1e-3, rate)
@@ -433,7 +433,7 @@ def photo(path):
                                   lambda d: photo(d/'a.png')], ids=['still', 'one frame', 'jpg', 'png'])
 def test_motion_finds_only_what_moves(tmp_path, make):
     path = make(tmp_path)
-    with pytest.raises(BadInput, match='motion finds only what moves.*--weights'): bio.find_usable_tracks(path)
+    with pytest.raises(BadInput, match='motion finds only what moves.*--weights'): dec.find_usable_tracks(path)
     with pytest.raises(BadInput) as e: tracks_.require_usable(path, [], weights='yolo11n.pt')
     assert 'nobody found' in str(e.value) and 'finds only' not in str(e.value)
 

@@ -27,7 +27,7 @@ from reid_nb.parts.core import BadInput, encode_jpeg
 from reid_nb.parts.detect import yolo_boxes
 from reid_nb.parts.detections import Dets
 from reid_nb.parts.metrics import operating_points, select_part, split_people
-from reid_nb.finetune import alter, pk_batches, RECIPES
+from reid_nb.parts.supervised import alter, pk_batches, RECIPES
 from reid_nb.parts.gallery import Gallery
 from reid_nb.parts.models import ReidModel
 from reid_nb.moco import MoCo, train_step

@@ -43,7 +43,7 @@ def yolo_boxes(
     weights:str, # An Ultralytics model, by path or by a name such as `yolo11n.pt` (downloaded), and behind `::` the
                  # names of its classes that are people, with commas between, where they are not among `PEOPLE`
 ): # Function: RGB frame -> float32[n,6]: x1,y1,x2,y2, confidence, class; `BadInput` for bad weights
-    "Load a detector of people. A `.pt` file is a pickle: take it from nobody but its makers."
+    "Load a detector of people. A `.pt` file is a pickle: take it from its makers only."
     check_weights(weights)
     weights, _, names = weights.partition('::')
     wanted = set((names or PEOPLE).lower().split(','))

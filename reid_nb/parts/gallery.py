@@ -6,11 +6,12 @@
 __all__ = ['log', 'RESERVED_NAMES', 'GALLERY_FORM', 'GALLERY_SCHEMA', 'CROP_NAME', 'NOTICED', 'INDEXES', 'PERSONS', 'ExactIndex',
            'best_people', 'FaissIndex', 'QdrantIndex', 'make_index', 'fold_name', 'clean_name', 'utc_now', 'log_event',
            'GalleryDatabase', 'GalleryStore', 'missing_picture', 'read_crop', 'compare_folders', 'notice_changes',
-           'refuse_orphans', 'open_store', 'Identities', 'TemplateIndex', 'stack_features', 'insert_template',
-           'note_thresholds', 'Gallery', 'lookalikes', 'missing_crops', 'return_folders', 'strike_off',
-           'repair_gallery', 'reembed_gallery', 'as_json', 'show_people', 'reid_gallery', 'reid_erase']
+           'refuse_orphans', 'open_store', 'Identities', 'NamedPeople', 'TemplateIndex', 'stack_features',
+           'insert_template', 'note_thresholds', 'Gallery', 'lookalikes', 'missing_crops', 'return_folders',
+           'strike_off', 'repair_gallery', 'crops_by_template', 'put_templates', 'reembed_gallery', 'as_json',
+           'show_people', 'reid_gallery', 'reid_erase']
 
-# %% ../../nbs/parts/16_gallery.ipynb #b7fb77fa
+# %% ../../nbs/parts/16_gallery.ipynb #ab892673
 import json, logging, os, re, shutil, sqlite3, sys, unicodedata
 from collections import Counter
 from contextlib import closing, contextmanager
@@ -76,7 +77,7 @@ class FaissIndex:
         def search(n): return zip(*(x[0] for x in self.index.search(probe[None], n)[::-1]))
         return best_people(search, k, self.index.ntotal)
 
-# %% ../../nbs/parts/16_gallery.ipynb #3a908524
+# %% ../../nbs/parts/16_gallery.ipynb #a2bbc2da
 class QdrantIndex:
     "Templates on a Qdrant server; the arguments of `ExactIndex`, and the server."
     def __init__(self,
@@ -94,6 +95,12 @@ class QdrantIndex:
             server = qdrant_client.QdrantClient(server, api_key=key, check_compatibility=False)
         self.client = server
         self.call(self.update, ids, people, read)
+
+    def nearest(self, probe, k=10):
+        def search(n):
+            points = self.call(self.client.query_points, self.name, probe.tolist(), limit=n).points
+            return [(p.payload['person'], p.score) for p in points]
+        return best_people(search, k, self.total)
 
     def call(self, f, *args, **kw):
         "Call the client; raises `BadInput` where the server does not answer."
@@ -125,12 +132,6 @@ class QdrantIndex:
             self.client.upsert(self.name, self.models.Batch(**batch))
         if len(gone): self.client.delete(self.name, self.models.PointIdsList(points=gone.tolist()))
 
-    def nearest(self, probe, k=10):
-        def search(n):
-            points = self.call(self.client.query_points, self.name, probe.tolist(), limit=n).points
-            return [(p.payload['person'], p.score) for p in points]
-        return best_people(search, k, self.total)
-
 # %% ../../nbs/parts/16_gallery.ipynb #c8a1367f
 def make_index(
     where:str, # 'exact', 'faiss', or the URL of a Qdrant server
@@ -146,11 +147,16 @@ def make_index(
         raise BadInput(f'{where}: no such search: exact, faiss, or the URL of a Qdrant server')
     return known[where](ids, people, read) if len(ids) else None
 
-# %% ../../nbs/parts/16_gallery.ipynb #652f804c
+# %% ../../nbs/parts/16_gallery.ipynb #2acf691e
 RESERVED_NAMES = {'con', 'prn', 'aux', 'nul', *(f'{d}{i}' for d in ('com', 'lpt') for i in range(10))}
 
-def fold_name(name): return unicodedata.normalize('NFC', name.casefold())
+def fold_name(
+    name:str, # In one spelling
+)->str: # The same for a name in capitals and in small letters
+    "Make a name comparable."
+    return unicodedata.normalize('NFC', name.casefold())
 
+# %% ../../nbs/parts/16_gallery.ipynb #edf277e7
 def clean_name(
     name:str, # As a person typed it
 )->str: # In one spelling (NFC, single spaces), fit to be a folder's; raises `BadInput`
@@ -195,8 +201,10 @@ CREATE TRIGGER IF NOT EXISTS log_stays BEFORE UPDATE ON log
 PRAGMA user_version = {GALLERY_FORM};
 """
 
-# %% ../../nbs/parts/16_gallery.ipynb #6a5e876b
-def utc_now(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
+# %% ../../nbs/parts/16_gallery.ipynb #936d4f78
+def utc_now()->str: # ISO 8601, to the second
+    "Tell the time in UTC."
+    return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
 def log_event(
     db, # A connection in a transaction
@@ -208,7 +216,7 @@ def log_event(
     db.execute('INSERT INTO log(time, event, identity, detail) VALUES (?,?,?,?)',
                [utc_now(), event, identity, json.dumps(detail)])
 
-# %% ../../nbs/parts/16_gallery.ipynb #4be352da
+# %% ../../nbs/parts/16_gallery.ipynb #4476bab5
 class GalleryDatabase:
     "The SQLite file of a gallery."
     def __init__(self,
@@ -255,7 +263,7 @@ class GalleryDatabase:
         return self.read("""SELECT time, event, identity, replace(detail, 'look yourself', 'inconclusive')
             FROM log ORDER BY id""")
 
-# %% ../../nbs/parts/16_gallery.ipynb #2f381a86
+# %% ../../nbs/parts/16_gallery.ipynb #ebadd8a0
 CROP_NAME = re.compile(r'[^/\\.][^/\\]*/\d{8}_\d\d\.jpg')    # <Name>/<frame>_<two digits more>.jpg
 
 class GalleryStore(GalleryDatabase):
@@ -338,7 +346,7 @@ def read_crop(
     try: return read_rgb(GalleryStore(root).path_of(file))
     except (BadInput, OSError): return missing_picture()
 
-# %% ../../nbs/parts/16_gallery.ipynb #0a40d096
+# %% ../../nbs/parts/16_gallery.ipynb #a1c04bd8
 NOTICED = {}    # folder of a gallery -> the last note about it
 
 def compare_folders(
@@ -350,7 +358,9 @@ def compare_folders(
     strange = [n for n in there - known if any(CROP_NAME.fullmatch(f'{n}/{f}') for f in os.listdir(store.root/n))]
     return sorted(known - there), sorted(strange)
 
-def notice_changes(store):
+def notice_changes(
+    store:GalleryStore, # Settled
+):
     "Warn of folders that are missing and of folders of nobody, once."
     missing, strange = compare_folders(store)
     note = f'no folder for {", ".join(missing[:5])} ({len(missing)} in all); ' if missing else ''
@@ -359,8 +369,10 @@ def notice_changes(store):
         log.warning(f'{store.root}: {note}answers stand; `reid_gallery --repair` puts right what can be put right')
     NOTICED[store.root] = note
 
-# %% ../../nbs/parts/16_gallery.ipynb #5fec8859
-def refuse_orphans(store):
+# %% ../../nbs/parts/16_gallery.ipynb #cef8a71f
+def refuse_orphans(
+    store:GalleryStore, # Of the gallery, or of one that is to be made
+):
     "Raise `BadInput` where there are folders of crops and no database."
     if store.path.exists() or not store.root.is_dir(): return
     crops = next((p for p in store.root.glob('*/*.jpg') if CROP_NAME.fullmatch(f'{p.parent.name}/{p.name}')), None)
@@ -397,7 +409,7 @@ def open_store(
     notice_changes(store)
     return store
 
-# %% ../../nbs/parts/16_gallery.ipynb #d79116a1
+# %% ../../nbs/parts/16_gallery.ipynb #8f6c4886
 class Identities:
     "Who is enrolled, and under which names."
     def __init__(self,
@@ -424,6 +436,11 @@ class Identities:
         "List everybody enrolled."
         return [n for n, in self.store.read('SELECT name FROM identities WHERE head IS NULL ORDER BY folded')]
 
+    def insert(self, db, name):
+        "Insert a new identity; returns its number."
+        values = [name, fold_name(name)]
+        return db.execute('INSERT INTO identities(name, folded) VALUES (?,?)', values).lastrowid
+
     def people(self)->list: # Of dict: name, number, merged, templates, crops, since, consent
         "List everybody, with what is kept about them."
         have = 'FROM people p JOIN templates t ON identity = p.id JOIN samples ON template = t.id'
@@ -435,11 +452,9 @@ class Identities:
         return [dict(name=name, number=n, merged=of(merged, n), templates=t, crops=c, since=since,
                      consent=of(agreed, n)) for name, n, t, c, since in rows]
 
-    def insert(self, db, name):
-        "Insert a new identity; returns its number."
-        values = [name, fold_name(name)]
-        return db.execute('INSERT INTO identities(name, folded) VALUES (?,?)', values).lastrowid
-
+# %% ../../nbs/parts/16_gallery.ipynb #22065567
+class NamedPeople(Identities):
+    "Who is enrolled, when names change: a new name, one person under two."
     def rename(self,
         name:str, # Of an identity
         to:str, # Its new name
@@ -489,7 +504,7 @@ class Identities:
             log_event(db, 'unmerged', who, out_of=head)
         return own
 
-# %% ../../nbs/parts/16_gallery.ipynb #bb9659b3
+# %% ../../nbs/parts/16_gallery.ipynb #6e4c2f6c
 INDEXES = {}    # folder -> (version of the gallery, index)
 
 class TemplateIndex:
@@ -538,13 +553,16 @@ class TemplateIndex:
         INDEXES.pop(self.key, None)
         if (search := self.store.about()['search']).startswith('http'): self.build(search)
 
-# %% ../../nbs/parts/16_gallery.ipynb #4052f194
+# %% ../../nbs/parts/16_gallery.ipynb #934fe434
 PERSONS = 'identity IN (SELECT id FROM identities WHERE id = ?1 OR head = ?1)'    # whose templates
 
-def stack_features(rows):
-    "Two columns of rows: a list, and float32[n,d] of the bytes"
+def stack_features(
+    rows:list, # Of (anything, bytes)
+)->tuple: # list of n, float32[n,d]
+    "Turn two columns of rows into a list and float32[n,d], made of the bytes."
     return [k for k, _ in rows], np.stack([np.frombuffer(x, np.float32) for _, x in rows])
 
+# %% ../../nbs/parts/16_gallery.ipynb #b8a6be62
 def insert_template(
     db, # A connection in a transaction
     identity:int, # Number of the identity
@@ -574,8 +592,8 @@ def note_thresholds(
             log_event(db, 'new thresholds', None, thresholds={k: t['high'] for k, t in thresholds.items()})
     except sqlite3.OperationalError as e: log.warning(f'{store.root}: that is not written down: {e}')
 
-# %% ../../nbs/parts/16_gallery.ipynb #90b371c4
-class Gallery(Identities):
+# %% ../../nbs/parts/16_gallery.ipynb #81597297
+class Gallery(NamedPeople):
     "Enrolled people: crops in folders, all else in `gallery.sqlite`."
     def __init__(self,
         root, # Folder, such as `gallery`
@@ -669,15 +687,17 @@ def lookalikes(
         if score >= threshold and (other,) not in row: best[other] = max(score, best.get(other, -1))
     return sorted(best.items(), key=lambda x: -x[1])
 
-# %% ../../nbs/parts/16_gallery.ipynb #c1dd0c4c
+# %% ../../nbs/parts/16_gallery.ipynb #ad7bccc3
 def missing_crops(
     store:GalleryStore, # Of the gallery
 )->list: # Of paths below the root
     "List the crops that the database knows and the folders do not have."
     return [f for f, in store.read('SELECT file FROM samples ORDER BY file') if not (store.root/f).is_file()]
 
-def return_folders(store):
-    "Give folders of another name their own back, by the names of their crops; returns a line for each."
+def return_folders(
+    store:GalleryStore, # Of the gallery
+)->list: # A line for each folder
+    "Give folders of another name their own back, by the names of their crops."
     missing, strange = compare_folders(store)
     crops = {n: {f for f in os.listdir(store.root/n) if CROP_NAME.fullmatch(f'{n}/{f}')} for n in strange}
     wanted = {n: {Path(f).name for f, in store.read("SELECT file FROM samples WHERE file LIKE ? || '/%'", n)
@@ -691,9 +711,12 @@ def return_folders(store):
             lines.append(f'{fits[0]}: renamed by hand, is {name} again; --rename gives a person another name')
     return lines
 
-# %% ../../nbs/parts/16_gallery.ipynb #4281bde6
-def strike_off(db, lost):
-    "Delete crops from the database, and whoever has none left; returns how many templates, and the names."
+# %% ../../nbs/parts/16_gallery.ipynb #6b50b168
+def strike_off(
+    db, # A connection in a transaction
+    lost:list, # Paths of crops below the root
+)->tuple: # How many templates went, and the names of the people who went
+    "Delete crops from the database, and whoever has none left."
     db.executemany('DELETE FROM samples WHERE file = ?', [(f,) for f in lost])
     n = db.execute('DELETE FROM templates WHERE id NOT IN (SELECT template FROM samples)').rowcount
     names, empty = [], 'id NOT IN (SELECT identity FROM templates)'
@@ -721,7 +744,39 @@ def repair_gallery(
     lines += [f'{n}: {k} crops missing or damaged, struck off' for n, k in of.items()]
     return lines + [f'{n}: erased, no crop is left' for n in names]
 
-# %% ../../nbs/parts/16_gallery.ipynb #df3c1750
+# %% ../../nbs/parts/16_gallery.ipynb #d14c6de5
+def crops_by_template(
+    store:GalleryStore, # Of the gallery
+)->list: # For each template the rows of its crops; raises `BadInput` where one is missing
+    "List the crops of each template, in the order of the templates."
+    rows = store.read("""SELECT t.id, identity, added, consent, file, quality FROM templates t
+        JOIN samples ON template = t.id ORDER BY t.id, file""")
+    if lost := missing_crops(store):
+        raise BadInput(f'{store.root}: {len(lost)} crops are missing, the first is {lost[0]}: '
+                       '`reid_gallery --repair` first')
+    return [list(g) for _, g in groupby(rows, lambda r: r[0])]
+
+# %% ../../nbs/parts/16_gallery.ipynb #6c8cc95c
+def put_templates(
+    store:GalleryStore, # Of the gallery
+    made:list, # `Template`s, one for each group
+    groups:list, # From `crops_by_template`
+    version:str, # Of the gallery when the groups were read
+    matcher, # The new `Matcher`
+): # Raises `BadInput` where the gallery has changed meanwhile
+    "Put new templates in the place of the old ones, all or none."
+    with store.change() as db:
+        if store.about()['version'] != version:
+            raise BadInput(f'{store.root}: changed meanwhile: once more')
+        for template, group in zip(made, groups):
+            t, identity, added, consent, *_ = group[0]
+            insert_template(db, identity, added, consent, template, [f for *_, f, _ in group])
+            db.execute('DELETE FROM templates WHERE id = ?', [t])
+        about = dict(model=matcher.digest, thresholds=json.dumps(matcher.thresholds))
+        db.executemany('UPDATE about SET value = ? WHERE key = ?', [(v, k) for k, v in about.items()])
+        log_event(db, 'embedded again', None, templates=len(made), model=matcher.digest[:12])
+
+# %% ../../nbs/parts/16_gallery.ipynb #591c4c9c
 def reembed_gallery(
     gallery:Gallery, # To bring over to another network
     checkpoint=None, # The new network with its thresholds beside it, or a `Matcher`
@@ -730,40 +785,29 @@ def reembed_gallery(
     "Make all templates again, with another network."
     from reid_nb.parts.tracks import load_matcher, Shot, Template # a network is loaded here, and nowhere else
     store, matcher, made = gallery.store, load_matcher(checkpoint), []
-    version = store.about()['version']
-    rows = store.read("""SELECT t.id, identity, added, consent, file, quality FROM templates t
-        JOIN samples ON template = t.id ORDER BY t.id, file""")
-    groups = [list(g) for _, g in groupby(rows, lambda r: r[0])]
-    if lost := missing_crops(gallery.store):
-        raise BadInput(f'{gallery.root}: {len(lost)} crops are missing, the first is {lost[0]}: '
-                       '`reid_gallery --repair` first')
+    version, groups = store.about()['version'], crops_by_template(store)
     for k, group in enumerate(groups):
         if progress: progress((k + 1)/len(groups), 'embedding again')
         shots = [Shot(0, (), quality=q, crop=read_rgb(gallery.root/f)) for *_, f, q in group]
         made.append(Template(shots, matcher.embed([s.crop for s in shots])))
-    with store.change() as db:
-        if store.about()['version'] != version:
-            raise BadInput(f'{gallery.root}: changed meanwhile: once more')
-        for template, group in zip(made, groups):
-            t, identity, added, consent, *_ = group[0]
-            insert_template(db, identity, added, consent, template, [f for *_, f, _ in group])
-            db.execute('DELETE FROM templates WHERE id = ?', [t])
-        about = dict(model=matcher.digest, thresholds=json.dumps(matcher.thresholds))
-        db.executemany('UPDATE about SET value = ? WHERE key = ?', [(v, k) for k, v in about.items()])
-        log_event(db, 'embedded again', None, templates=len(made), model=matcher.digest[:12])
+    put_templates(store, made, groups, version, matcher)
     gallery.thresholds = matcher.thresholds
     return len(made)
 
-# %% ../../nbs/parts/16_gallery.ipynb #de26b200
-def as_json(answer):
-    "JSON, with letters of all scripts where the terminal has them"
+# %% ../../nbs/parts/16_gallery.ipynb #8c6ef3e1
+def as_json(
+    answer, # What JSON can hold
+)->str: # With letters of all scripts where the terminal has them
+    "Write an answer as JSON."
     text = json.dumps(answer, ensure_ascii=False, indent=1)
     try: text.encode(sys.stdout.encoding or 'utf-8')
     except UnicodeEncodeError: text = json.dumps(answer, indent=1)
     return text
 
-def show_people(people):
-    "A line for each person, as text"
+def show_people(
+    people:list, # From `Identities.people`
+)->str: # A line for each person
+    "List people as text."
     def line(p):
         also = ', also ' + ', '.join(p['merged']) if p['merged'] else ''
         gone = f' ({p["missing"]} of them missing)' if p['missing'] else ''

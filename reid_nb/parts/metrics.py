@@ -7,7 +7,7 @@ __all__ = ['ScoreCounts', 'RERANK_LIMIT', 'TARGETS', 'FPIR', 'color_histogram', 
            'check_answers', 'rank_rows', 'normalize', 'distances', 'lengths', 'check_features', 'multiplier', 'blocks',
            'rank', 'tied_queries', 'chance', 'score_counts', 'roc_points', 'draw_people', 'interval', 'bootstrap',
            'compare_scores', 'average_queries', 'expand_queries', 'check_rerank', 'rerank_distances', 'rank_with',
-           'rates', 'auc_eer', 'pair_figures', 'histograms', 'split_people', 'select_part', 'threshold_at',
+           'rates', 'rates_at', 'auc_eer', 'pair_figures', 'histograms', 'split_people', 'select_part', 'threshold_at',
            'check_halves', 'operating_points', 'best_answers', 'missed', 'open_set']
 
 # %% ../../nbs/parts/09_metrics.ipynb #fab4f319
@@ -402,6 +402,18 @@ def rates(
         return c/np.maximum(c[..., -1:], 1)
     return 1 - below(np.asarray(impostor)), below(np.asarray(genuine))
 
+# %% ../../nbs/parts/09_metrics.ipynb #f7bd8e79
+def rates_at(
+    counts, # `ScoreCounts`
+    threshold:float, # A score; the nearest bin edge is taken
+)->tuple: # FMR and FNMR; raises `BadInput` where a kind of pair is missing
+    "Compute the two error rates at one threshold."
+    genuine, impostor = counts.genuine.sum(0), counts.impostor.sum(0)
+    if not (genuine.sum() and impostor.sum()): raise BadInput('error rates need both genuine and impostor pairs')
+    k = np.abs(counts.edges - threshold).argmin()
+    return float(impostor[k:].sum()/impostor.sum()), float(genuine[:k].sum()/genuine.sum())
+
+# %% ../../nbs/parts/09_metrics.ipynb #a708c5f9
 def auc_eer(
     fmr, # float[...,bins+1], see `rates`
     fnmr, # float[...,bins+1]

@@ -52,7 +52,7 @@ def sharpness(
     grey = cv2.cvtColor(cv2.resize(crop, (64, 128)), cv2.COLOR_RGB2GRAY)
     return float(cv2.Laplacian(grey, cv2.CV_64F).var())
 
-# %% ../../nbs/parts/15_tracks.ipynb #d5bc297d
+# %% ../../nbs/parts/15_tracks.ipynb #2d6b1ebb
 @dataclass
 class Shot:
     "One person in one frame."
@@ -62,15 +62,27 @@ class Shot:
     quality:float=0. # 0 to 1
     crop:np.ndarray=field(default=None, repr=False) # uint8[h,w,3], RGB
 
-def largest_overlap(k, boxes):
-    "The largest share of box `k` that another box covers."
+# %% ../../nbs/parts/15_tracks.ipynb #6f47b1ff
+def largest_overlap(
+    k:int, # Which box
+    boxes:np.ndarray, # int[n,4]: x1,y1,x2,y2
+)->float: # 0 to 1
+    "The largest share of a box that another one covers."
     box, others = boxes[k], np.delete(boxes, k, 0)
     wh = np.minimum(box[2:], others[:,2:]) - np.maximum(box[:2], others[:,:2])
     return (wh.clip(0).prod(1)/max(1, np.prod(box[2:] - box[:2]))).max(initial=0)
 
-# %% ../../nbs/parts/15_tracks.ipynb #66ff6a6c
-def check_person(frame, rgb, k, boxes, why, conf, gate):
-    "Pass or refuse person `k` of a frame; returns a `Shot`."
+# %% ../../nbs/parts/15_tracks.ipynb #cadd1ac1
+def check_person(
+    frame:int, # Its number
+    rgb:np.ndarray, # uint8[H,W,3]
+    k:int, # Which person
+    boxes:np.ndarray, # int[n,4], of everybody in the frame, inside it
+    why:str, # The box was refused already; '' if not
+    conf:float, # The detector's score
+    gate:QualityGate, # Limits
+)->Shot: # With a crop if it passes
+    "Pass or refuse one person of a frame."
     (x1, y1, x2, y2), (H, W) = boxes[k].tolist(), rgb.shape[:2]
     shot = Shot(frame, (x1, y1, x2, y2), str(why))
     if shot.refused: return shot
@@ -85,6 +97,7 @@ def check_person(frame, rgb, k, boxes, why, conf, gate):
         shot.quality = float(conf*min(1, (y2 - y1)/128)*min(1, sharp/100)*(1 - hidden))
     return shot
 
+# %% ../../nbs/parts/15_tracks.ipynb #69698921
 def check_people(
     frame:int, # Its number
     rgb:np.ndarray, # uint8[H,W,3]
@@ -158,7 +171,7 @@ def progress_bar(): # Yields a function to pass as `progress`
             bar.update(int(100*share) - bar.n)
         yield progress
 
-# %% ../../nbs/parts/15_tracks.ipynb #27487115
+# %% ../../nbs/parts/15_tracks.ipynb #cd275027
 def select_usable(
     tracks:list, # From `find_tracks`
     gate:QualityGate=QualityGate(), # Limits
@@ -172,8 +185,14 @@ def select_usable(
                 f' ({reasons})' if reasons else '')
     return [t for t in tracks if t.number not in why], why
 
-def require_usable(video, tracks, gate=QualityGate(), weights='motion'):
-    "`select_usable(tracks)`; raises `BadInput` where no track is usable."
+# %% ../../nbs/parts/15_tracks.ipynb #95e8b399
+def require_usable(
+    video, # Path of the clip, for the message
+    tracks:list, # From `find_tracks`
+    gate:QualityGate=QualityGate(), # Limits
+    weights:str='motion', # Detector that was used
+)->tuple: # As `select_usable`; raises `BadInput` where no track is usable
+    "Separate the usable tracks from the others, and insist on one."
     good, why = select_usable(tracks, gate)
     if good: return good, why
     reasons = '; '.join(f'person {n}: {r}' for n, r in why.items())

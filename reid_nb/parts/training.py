@@ -6,8 +6,9 @@
 __all__ = ['log', 'WORDS', 'RUN_RANGES', 'random_state', 'set_random_state', 'read_state', 'get_recipe', 'read_field',
            'change_recipe', 'is_kind', 'in_range', 'check_fields', 'Run', 'rank_and_world', 'sum_over_processes',
            'any_process', 'catch_signals', 'Speed', 'try_shared_memory', 'plain_loader_errors', 'StateFiles', 'Curve',
-           'latest', 'FiniteCheck', 'Session', 'outcome', 'plot_history', 'Live', 'prefetch', 'gather',
-           'join_processes', 'average_statistics', 'validator']
+           'latest', 'FiniteCheck', 'refuse_other_settings', 'hold_folder', 'SessionFolder', 'SessionNumbers',
+           'SessionState', 'SessionPrecision', 'Session', 'outcome', 'plot_history', 'Live', 'live_curves', 'prefetch',
+           'gather', 'join_processes', 'average_statistics', 'validator']
 
 # %% ../../nbs/parts/14_training.ipynb #74068f7e
 import ast, errno, io, json, logging, math, multiprocessing, os, random, signal, threading, time, zipfile
@@ -393,9 +394,38 @@ class FiniteCheck:
             if there: there.synchronize()
             if not math.isfinite(value): self.note(f'the loss is {float(value):g} at step {step}')
 
-# %% ../../nbs/parts/14_training.ipynb #67c75600
-class Session:
-    "A training that may stop at any moment and goes on when the same command is given."
+# %% ../../nbs/parts/14_training.ipynb #a607cecc
+def refuse_other_settings(
+    path, # Of the file, for the message
+    meta:dict, # What the file says of itself
+    now:dict, # The settings of this session
+): # Raises `BadInput`
+    "Refuse a file of other settings, naming them."
+    was = meta.get('settings', {})
+    if not isinstance(was, dict): raise BadInput(f'{path} is of another program: give another --out')
+    diff = [f'{k} {was.get(k)} there, {v} now' for k,v in now.items() if was.get(k)!=v]
+    if diff: raise BadInput(f'{path} was made with other settings ({"; ".join(diff)}): '
+                            'give the same, or another --out')
+
+# %% ../../nbs/parts/14_training.ipynb #084c75ad
+@contextmanager
+def hold_folder(
+    folder:Path, # To write to; it is made
+    rank:int=0, # Number of this process
+): # Raises `BadInput`
+    "Hold a folder; of several processes the first does, and all are refused together."
+    refused = None
+    with ExitStack() as held:
+        if not rank:
+            folder.mkdir(parents=True, exist_ok=True)
+            try: held.enter_context(lock(folder))
+            except BadInput as e: refused = e
+        if any_process(refused): raise refused or BadInput(f'{folder}: another process is writing it')
+        yield
+
+# %% ../../nbs/parts/14_training.ipynb #e8221895
+class SessionFolder:
+    "Where a training leaves its state and its result, and the settings that both must have."
     def __init__(self,
         out, # Folder of the result
         name:str, # The result is `out/name.safetensors`
@@ -411,28 +441,13 @@ class Session:
         self.rank,self.world = rank_and_world()
         self.curve = Curve(None if self.rank else self.result.parent/'tensorboard')
 
-    def check_settings(self, path, meta):
-        "Refuse a file of other settings, naming them."
-        was,now = meta.get('settings', {}),self.settings
-        if not isinstance(was, dict): raise BadInput(f'{path} is of another program: give another --out')
-        diff = [f'{k} {was.get(k)} there, {v} now' for k,v in now.items() if was.get(k)!=v]
-        if diff: raise BadInput(f'{path} was made with other settings ({"; ".join(diff)}): '
-                                'give the same, or another --out')
+    def check_settings(self, path, meta): refuse_other_settings(path, meta, self.settings)
 
     @contextmanager
     def alone(self):
-        "Hold the folder of the result; of several processes the first does, and all are refused together."
-        folder,refused = self.result.parent,None
-        with ExitStack() as held:
-            if not self.rank:
-                folder.mkdir(parents=True, exist_ok=True)
-                try: held.enter_context(lock(folder))
-                except BadInput as e: refused = e
-            if any_process(refused): raise refused or BadInput(f'{folder}: another process is writing it')
+        "Hold the folder of the result, and say plainly what goes wrong in a loader process."
+        with hold_folder(self.result.parent, self.rank):
             with plain_loader_errors(self.run.loader_processes(self.world)): yield
-
-    @property
-    def history(self): return self.curve.history
 
     @property
     def finished(self):
@@ -442,70 +457,17 @@ class Session:
         self.check_settings(self.result, meta)
         return meta.get('finished', False)
 
-    def save(self):
-        "Write the whole state, unless a number in it is not finite: then the state before is kept."
-        self.saved = time.monotonic()
-        self.finite.look(wait=True)
-        if self.rank: return
-        parts = {name: part.state_dict() for name,part in self.parts.items()}
-        for name,part in self.parts.items():  # rates and the like are set anew
-            if isinstance(part, torch.optim.Optimizer): del parts[name]['param_groups']
-        if bad := not_finite(parts): self.finite.note(f'{bad} is not finite after step {self.step}')
-        if self.finite.found: return self.stop_if_odd() if self.world==1 else None  # several stop together, later
-        self.files.write(dict(settings=self.settings, precision=self.precision, step=self.step, parts=parts,
-                              history=self.history, sums={k: float(v) for k,v in self.curve.sums.items()},
-                              random=random_state()))
-
     def read(self)->dict: # None where there is nothing to go on with
         "Read the newest state; raises `BadInput` where it was made with other settings."
         state = self.files.read()
         if state: self.check_settings(self.files.newest, state)
         return state
 
-    def resume(self,
-        **parts, # Modules, optimisers and scalers by name
-    ):
-        "Bring the parts to where the last session stopped."
-        self.parts,self.saved = parts,time.monotonic()
-        if state := self.read():
-            try: self.restore(state)
-            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-                why = (str(e).strip() or repr(e)).splitlines()[0]
-                raise BadInput(f'{self.files.newest} is of another program ({why}): give another --out') from None
-        else: self.save()
-        self.stop_if_odd()  # all of them: a slower process may read what the first has written just now
-
-    def restore(self, state):
-        "Put everything to where a state has it."
-        for name,part in self.parts.items():
-            was = state['parts'][name]
-            if isinstance(part, torch.optim.Optimizer): was['param_groups'] = part.state_dict()['param_groups']
-            if was: part.load_state_dict(was)  # a scaler that is switched off has no state
-        set_random_state(state['random'])
-        self.step,self.curve.history,self.curve.sums = state['step'],state['history'],state['sums']
-        self.limit += self.step
-
-    def stop_if_odd(self):
-        "Stop all processes together where one of them has met a number that is not finite; raises `BadInput`."
-        self.finite.look(wait=self.world>1 or self.step+1>=self.total)
-        if any_process(self.finite.found): raise BadInput(
-            f'{self.result}: {self.finite.found or "the loss of another process is not finite"}: the training has '
-            'diverged. The last good state is kept, and the same command would come here again: give a smaller lr, and '
-            'another --out')
-
-    def choose_precision(self,
-        device, # From `pick_device`
-    )->str: # One of `PRECISIONS`; raises `BadInput` for an unknown one
-        "Choose what to compute in, and say it: what is asked for, what it began in, or the best of the machine."
-        was = (self.read() or {}).get('precision')
-        able = was=='fp32' or was=='bf16' and has_bf16(device) or was=='fp16' and device.type=='cuda'
-        self.precision = pick_precision(device, self.run.precision or (was if able else None))
-        if self.rank: return self.precision
-        log.info('%s: computing in %s on %s%s', self.result.stem, self.precision, device,
-                 f', begun in {was}' if was not in (None, self.precision) else '')
-        if self.precision=='bf16' and not has_bf16(device):
-            log.warning('warning: this %s has no instructions for bf16: fp32 is many times faster', device.type)
-        return self.precision
+# %% ../../nbs/parts/14_training.ipynb #1d5bd079
+class SessionNumbers(SessionFolder):
+    "The numbers of a training; the first that is not finite ends it."
+    @property
+    def history(self): return self.curve.history
 
     def record(self,
         every:int, # Steps to a line
@@ -531,6 +493,74 @@ class Session:
         self.curve.write_board(self.step+1, line | more)
         if self.run.watch: self.run.watch(self)
 
+    def stop_if_odd(self):
+        "Stop all processes together where one of them has met a number that is not finite; raises `BadInput`."
+        self.finite.look(wait=self.world>1 or self.step+1>=self.total)
+        if any_process(self.finite.found): raise BadInput(
+            f'{self.result}: {self.finite.found or "the loss of another process is not finite"}: the training has '
+            'diverged. The last good state is kept, and the same command would come here again: give a smaller lr, and '
+            'another --out')
+
+# %% ../../nbs/parts/14_training.ipynb #3922dda5
+class SessionState(SessionNumbers):
+    "The state of a training, written to its folder and brought back."
+    def save(self):
+        "Write the whole state, unless a number in it is not finite: then the state before is kept."
+        self.saved = time.monotonic()
+        self.finite.look(wait=True)
+        if self.rank: return
+        parts = {name: part.state_dict() for name,part in self.parts.items()}
+        for name,part in self.parts.items():  # rates and the like are set anew
+            if isinstance(part, torch.optim.Optimizer): del parts[name]['param_groups']
+        if bad := not_finite(parts): self.finite.note(f'{bad} is not finite after step {self.step}')
+        if self.finite.found: return self.stop_if_odd() if self.world==1 else None  # several stop together, later
+        self.files.write(dict(settings=self.settings, precision=self.precision, step=self.step, parts=parts,
+                              history=self.history, sums={k: float(v) for k,v in self.curve.sums.items()},
+                              random=random_state()))
+
+    def resume(self,
+        **parts, # Modules, optimisers and scalers by name
+    ):
+        "Bring the parts to where the last session stopped."
+        self.parts,self.saved = parts,time.monotonic()
+        if state := self.read():
+            try: self.restore(state)
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+                why = (str(e).strip() or repr(e)).splitlines()[0]
+                raise BadInput(f'{self.files.newest} is of another program ({why}): give another --out') from None
+        else: self.save()
+        self.stop_if_odd()  # all of them: a slower process may read what the first has written just now
+
+    def restore(self, state):
+        "Put everything to where a state has it."
+        for name,part in self.parts.items():
+            was = state['parts'][name]
+            if isinstance(part, torch.optim.Optimizer): was['param_groups'] = part.state_dict()['param_groups']
+            if was: part.load_state_dict(was)  # a scaler that is switched off has no state
+        set_random_state(state['random'])
+        self.step,self.curve.history,self.curve.sums = state['step'],state['history'],state['sums']
+        self.limit += self.step
+
+# %% ../../nbs/parts/14_training.ipynb #464b08ef
+class SessionPrecision(SessionState):
+    "What a training computes in, and goes on computing in."
+    def choose_precision(self,
+        device, # From `pick_device`
+    )->str: # One of `PRECISIONS`; raises `BadInput` for an unknown one
+        "Choose what to compute in, and say it: what is asked for, what it began in, or the best of the machine."
+        was = (self.read() or {}).get('precision')
+        able = was=='fp32' or was=='bf16' and has_bf16(device) or was=='fp16' and device.type=='cuda'
+        self.precision = pick_precision(device, self.run.precision or (was if able else None))
+        if self.rank: return self.precision
+        log.info('%s: computing in %s on %s%s', self.result.stem, self.precision, device,
+                 f', begun in {was}' if was not in (None, self.precision) else '')
+        if self.precision=='bf16' and not has_bf16(device):
+            log.warning('warning: this %s has no instructions for bf16: fp32 is many times faster', device.type)
+        return self.precision
+
+# %% ../../nbs/parts/14_training.ipynb #67c75600
+class Session(SessionPrecision):
+    "A training that may stop at any moment and goes on when the same command is given."
     def must_stop(self, signals):
         "Whether this session is to end before the next step."
         stop = bool(signals) or time.monotonic()>=self.end or self.step>=self.limit
@@ -571,7 +601,6 @@ class Session:
         save_checkpoint(self.result, tensors, meta)
         if done: self.files.remove()
         return self.result
-
 
 # %% ../../nbs/parts/14_training.ipynb #5f4e2948
 def outcome(
@@ -620,6 +649,13 @@ class Live:
         fig.savefig(png)
         self.picture.value,self.drawn = png.getvalue(),time.monotonic()
         self.text.value = ', '.join(f'{k} {v:.3g}' for k,v in session.now.items())
+
+# %% ../../nbs/parts/14_training.ipynb #53175bb1
+def live_curves(
+    *curves:str, # What to draw; none: loss, accuracy and rate
+): # A `watch` for a `Run`; None in a test, where nobody looks
+    "Draw curves that grow while a notebook trains."
+    return None if os.environ.get('IN_TEST') else Live(curves or ('loss','accuracy','lr'))
 
 # %% ../../nbs/parts/14_training.ipynb #43cb5b80
 def prefetch(

@@ -32,8 +32,8 @@ FORMATS = ','.join([  # what is opened; none of these looks into other files
     'mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,ogg,asf,rm,wtv,mxf,gxf,nut,nsv,dv,dhav,amv,ivf,obu,av1',
     'h261,h263,h264,hevc,vvc,m4v,vc1,mjpeg,mpjpeg,smjpeg,yuv4mpegpipe,gif,apng,webp',
     'image2,jpeg_pipe,png_pipe,webp_pipe,bmp_pipe,tiff_pipe'])
-OPEN = dict(options=dict(protocol_whitelist='file', format_whitelist=FORMATS, pattern_type='none'),
-            metadata_errors='replace')
+OPEN = dict(options=dict(protocol_whitelist='file', format_whitelist=FORMATS, pattern_type='none'))
+if int(av.__version__.split('.')[0]) < 19: OPEN |= dict(metadata_errors='replace')  # later versions ask no more
 
 def best_stream(
     f, # PyAV's container
@@ -85,7 +85,11 @@ def display_matrix(
     a, b, _, c, d = struct.unpack_from('=5i', side)
     return a, b, c, d
 
-def is_turned(matrix): return abs(matrix[1]) + abs(matrix[2]) > abs(matrix[0]) + abs(matrix[3])
+def is_turned(
+    matrix:tuple, # From `display_matrix`
+)->bool:
+    "Tell whether width and height are exchanged."
+    return abs(matrix[1]) + abs(matrix[2]) > abs(matrix[0]) + abs(matrix[3])
 
 def orient(
     rgb:np.ndarray, # [H,W,3]
@@ -99,7 +103,11 @@ def orient(
 
 # %% ../../nbs/parts/03_video.ipynb #55632c2e
 @lru_cache(1000)
-def warn_once(text): log.warning(text)
+def warn_once(
+    text:str, # The warning
+):
+    "Log a warning, once for each text."
+    log.warning(text)
 
 def frame_to_rgb(
     frame, # `av.VideoFrame`
@@ -225,7 +233,12 @@ def list_pts(
     return sorted(shown) if [f.pts for f in decode_frames(video, [True]*first)] == due else None
 
 @lru_cache(64)
-def known_pts(video, *state): return list_pts(video) or [f.pts for f in decode_frames(video)]
+def known_pts(
+    video:str, # Path of a video file
+    *state, # Of the file: what is kept holds for this state only
+)->list: # int or None for each frame
+    "List when each frame is shown, by the packets or by decoding."
+    return list_pts(video) or [f.pts for f in decode_frames(video)]
 
 def frame_pts(
     video, # Path of a video file

@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader
 
 from reid_nb.parts.models import build_backbone
 from reid_nb.parts.benchmarks import read_benchmark
-from reid_nb.finetune import pk_batches, RECIPES, take_labels, Trainer, TrainImages
+from reid_nb.finetune import Trainer
+from reid_nb.parts.supervised import pk_batches, RECIPES, take_labels, TrainImages
 from reid_nb.parts.models import ReidModel
 from reid_nb.parts.core import parse_size
 from reid_nb.parts.device import pick_device

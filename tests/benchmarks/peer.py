@@ -15,7 +15,7 @@ import torch
 
 from reid_nb.parts.core import read_rgb
 from reid_nb.parts.benchmarks import read_benchmark
-from reid_nb.evaluate import summarize
+from reid_nb.parts.scoring import summarize
 from reid_nb.parts.weights import embed, load_model
 
 def embed_peer(model, samples, batch=64):

@@ -24,7 +24,7 @@ from reid_nb.parts.benchmarks import hold_out, read_benchmark
 from reid_nb.parts.metrics import color_histogram, rank
 from reid_nb.crop_store import CropStore, pack
 from reid_nb.dataset import extract
-from reid_nb.evaluate import summarize
+from reid_nb.parts.scoring import summarize
 from reid_nb.parts.weights import embed, load_model
 from reid_nb.parts.training import validator
 from reid_nb.moco import pretrain

@@ -18,7 +18,8 @@ import numpy as np
 
 from reid_nb.parts.core import read_rgb
 from reid_nb.parts.benchmarks import Benchmark, PROTOCOLS, read_benchmark
-from reid_nb.biometrics import explain, find_usable_tracks, identify
+from reid_nb.biometrics import identify
+from reid_nb.parts.decisions import explain, find_usable_tracks
 from reid_nb.parts.core import sha256
 from reid_nb.parts.metrics import operating_points
 from reid_nb.parts.gallery import Gallery

@@ -22,7 +22,9 @@ import lmdb
 import numpy as np
 
 from reid_nb.parts.core import decode
-from reid_nb.crop_store import close_readers, CropStore, Item, pack, Source
+from reid_nb.crop_store import CropStore, pack
+from reid_nb.parts.packing import Source
+from reid_nb.parts.store import close_readers, Item
 from reid_nb.parts.toy_city import build_toy
 
 

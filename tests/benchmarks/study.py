@@ -29,7 +29,8 @@ from real import make_store
 
 from reid_nb.parts.benchmarks import read_benchmark
 from reid_nb.parts.metrics import bootstrap
-from reid_nb.finetune import controls, print_controls, RECIPES, training_set
+from reid_nb.finetune import controls
+from reid_nb.parts.supervised import print_controls, RECIPES, training_set
 from reid_nb.moco import pretrain
 from reid_nb.parts.weights import load_checkpoint
 from reid_nb.parts.training import change_recipe, latest, plot_history, Run

@@ -25,7 +25,8 @@ def child(task):
     import torch
     from reid_nb.parts.models import build_backbone
     from reid_nb.parts.weights import embed
-    from reid_nb.finetune import RECIPES, Trainer
+    from reid_nb.finetune import Trainer
+    from reid_nb.parts.supervised import RECIPES
     from reid_nb.parts.models import ReidModel
     from reid_nb.moco import MoCo, train_step
     from reid_nb.parts.device import to_input
