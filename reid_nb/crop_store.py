@@ -21,8 +21,14 @@ from .parts.packing import (check_apart, check_pack_options, count_store, export
 from .parts.store import (add_batch, check_pages, find_in_cities, hold_store, measure_item, META, OpenStore,
                                  open_to_write, share_flags)
 
-# %% ../nbs/02_lmdb.ipynb #ca2d5782
-def write_records(env, source, state, batch, progress):
+# %% ../nbs/02_lmdb.ipynb #ae7ed376
+def write_records(
+    env:lmdb.Environment, # Open for writing
+    source:Source, # What is packed
+    state, # `PackState`: how far it has come
+    batch:int, # Pictures a transaction
+    progress:bool, # Show a progress bar?
+)->None:
     "Go on with a store until all items are in it."
     # while this `begin` lasts, no page that somebody may be reading is used again
     with env.begin(), tqdm(total=source.total, initial=state.done, desc='pack', disable=not progress) as bar:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cut', 'reid_extract', 'cut_people', 'save_crops', 'crop_video', 'extract']
 
-# %% ../nbs/01_dataset.ipynb #4efb3ad5
+# %% ../nbs/01_dataset.ipynb #402ca3d1
 import os
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -21,12 +21,12 @@ from .parts.extract import (crop_counts, crop_folder, describe_crops, plan_extra
 from .parts.parallel import check_engine, raise_failures, run_jobs
 from .parts.video import read_frames
 
-# %% ../nbs/01_dataset.ipynb #ae4b1d63
+# %% ../nbs/01_dataset.ipynb #205b7d38
 Cut = namedtuple('Cut', 'name pid box why rgb beyond')
 Cut.__doc__ = """What became of a box: the crop's name, its track, x1,y1,x2,y2 inside the frame, ''
 or why it is dropped, the picture (a view of the frame) or None, does it reach past the frame?"""
 
-# %% ../nbs/01_dataset.ipynb #455e28ee
+# %% ../nbs/01_dataset.ipynb #4f6f3cd2
 def cut_people(
     video, # Path of a video
     d:Dets, # Its detections
@@ -51,7 +51,7 @@ def cut_people(
         stem = name(d.pid[k], d.frame[k], d.obj[k])
         yield Cut(stem, int(d.pid[k]), (0, 0, 0, 0), 'no frame', None, False)
 
-# %% ../nbs/01_dataset.ipynb #190f1d1b
+# %% ../nbs/01_dataset.ipynb #27133e84
 def save_crops(
     folder:Path, # To fill
     cuts, # `Cut`s of one video
@@ -68,7 +68,7 @@ def save_crops(
             places[cut.name] = cut.box
     return dict(crops=len(places), dropped=dropped, beyond=beyond, tracks=tracks, places=places)
 
-# %% ../nbs/01_dataset.ipynb #59f0f0b6
+# %% ../nbs/01_dataset.ipynb #d3b029a6
 def crop_video(
     name:VideoName, # The video
     video, # Its path
@@ -85,7 +85,7 @@ def crop_video(
         write_counts(part, counts | made)
     return counts | made
 
-# %% ../nbs/01_dataset.ipynb #5a76c48e
+# %% ../nbs/01_dataset.ipynb #f0c4ae93
 def extract(
     videos:str, # A video, or a folder of videos named `country+city+id`
     dets:str, # Folder of their detections, `country+city+id.pkl`
@@ -114,5 +114,5 @@ def extract(
     raise_failures(failed + more, len(failed) + len(jobs))
     return crop_counts(dest)
 
-# %% ../nbs/01_dataset.ipynb #75ae3a39
+# %% ../nbs/01_dataset.ipynb #cd08da74
 reid_extract = command(extract, describe_crops)

@@ -43,37 +43,37 @@ ENROLLED = 'Ada Bruno Chiara'.split()
 QUESTIONS = [('verify', 'Ada', 'ada_c3', 'match'), ('verify', 'Ada', 'dario_c3', 'no match'),
              ('identify', None, 'bruno_c3', 'Bruno'), ('identify', None, 'elena_c3', 'unknown')]
 
-# %% ../nbs/07_quickstart.ipynb #f3930b89
-def make_city(d, plan, seed):
+# %% ../nbs/07_quickstart.ipynb #5ae47295
+def make_city(d:Path, plan:Plan, seed:int)->dict:
     "Draw and film a toy city."
     toy = build_toy(d/'toy', seed, plan.n_street, plan.n_train, plan.n_test, progress=True)
     return dict(videos=len(list(toy.rglob('videos/*/*/*.mp4'))), clips=len(list(toy.glob('clips/*.mp4'))))
 
-# %% ../nbs/07_quickstart.ipynb #846db50d
-def download_city(d):
+# %% ../nbs/07_quickstart.ipynb #1d37290f
+def download_city(d:Path)->dict:
     "Download the city's videos with yt-dlp."
     from reid_nb.parts.download import download
     with serve_folder(d/'toy'/'videos') as site:
         download(d/'toy'/'vnames.txt', d/'videos', url=site+'/{country}/{city}/{stem}.mp4', pause=0)
     return dict(videos=len(list(d.glob('videos/*/*/*.mp4'))))
 
-# %% ../nbs/07_quickstart.ipynb #4c8232fb
-def cut_crops(d):
+# %% ../nbs/07_quickstart.ipynb #300d93d8
+def cut_crops(d:Path)->dict:
     "Cut people out of the videos."
     from reid_nb.dataset import extract
     rows = extract(d/'videos', d/'toy'/'dets', d/'crops')
     return dict(boxes=sum(r['boxes'] for r in rows), crops=sum(r['crops'] for r in rows))
 
-# %% ../nbs/07_quickstart.ipynb #c3e07b77
-def pack_crops(d):
+# %% ../nbs/07_quickstart.ipynb #971ade6f
+def pack_crops(d:Path)->dict:
     "Pack the crops into one file, and draw some of them."
     from reid_nb.crop_store import pack, sample_sheet
     store = pack(d/'crops', d/'crops.lmdb', progress=True)
     write_image(d/'figures'/'crops.png', sample_sheet(store, n=24, columns=12))
     return dict(crops=len(store), bytes=(d/'crops.lmdb').stat().st_size, digest=store.digest)
 
-# %% ../nbs/07_quickstart.ipynb #3b2e6473
-def collect(steps, plan, seed):
+# %% ../nbs/07_quickstart.ipynb #0589e745
+def collect(steps:Steps, plan:Plan, seed:int):
     "Make the toy city, download its videos, cut the crops, pack them."
     d = steps.dest
     steps('look', 'a first picture: one street, three cameras', functools.partial(first_look, d, seed))
@@ -82,8 +82,8 @@ def collect(steps, plan, seed):
     steps('extract', 'people are cut out', functools.partial(cut_crops, d))
     steps('pack', 'the crops become one file', functools.partial(pack_crops, d))
 
-# %% ../nbs/07_quickstart.ipynb #76c1bea5
-def pretrain_on(d, plan, seed, name, lr, epochs):
+# %% ../nbs/07_quickstart.ipynb #d08acf96
+def pretrain_on(d:Path, plan:Plan, seed:int, name:str, lr:float, epochs:int)->str:
     "Run MoCo on Porto's crops, and draw its curve; returns the checkpoint, below `d`."
     from matplotlib import pyplot as plt
     from reid_nb.moco import pretrain
@@ -96,8 +96,8 @@ def pretrain_on(d, plan, seed, name, lr, epochs):
     plt.close(fig)
     return str(ckpt.relative_to(d))
 
-# %% ../nbs/07_quickstart.ipynb #e8430a44
-def finetune_from(d, plan, seed, first, name):
+# %% ../nbs/07_quickstart.ipynb #beabe1e2
+def finetune_from(d:Path, plan:Plan, seed:int, first:str, name:str)->str:
     "Fine-tune from some first weights, or from nothing; returns the checkpoint, below `d`."
     from reid_nb.finetune import finetune
     from reid_nb.parts.training import Run
@@ -106,8 +106,8 @@ def finetune_from(d, plan, seed, first, name):
                         arch=plan.arch, epochs=plan.finetune_epochs, size=plan.size)
     return str(ckpt.relative_to(d))
 
-# %% ../nbs/07_quickstart.ipynb #14a9d8bb
-def learn(steps, plan, seed):
+# %% ../nbs/07_quickstart.ipynb #603a3ac4
+def learn(steps:Steps, plan:Plan, seed:int)->dict:
     "Pre-train by MoCo and its control, fine-tune from each and from nothing; returns {start: [checkpoints]}."
     pre = functools.partial(pretrain_on, steps.dest, plan, seed)
     first = dict(scratch=None)
@@ -119,8 +119,8 @@ def learn(steps, plan, seed):
         return steps(f'{kind}_{k}', f'fine-tuning {STARTS[kind]}, seed {seed+k}', make)
     return {kind: [tune(kind, k) for k in range(plan.seeds)] for kind in STARTS}
 
-# %% ../nbs/07_quickstart.ipynb #32f62bfa
-def histogram_features(root, path):
+# %% ../nbs/07_quickstart.ipynb #5a0acb8c
+def histogram_features(root:Path, path:Path)->Path:
     "Write colour histograms of a set's pictures as an npz file for `evaluate(features=...)`."
     from reid_nb.evaluate import write_features
     from reid_nb.parts.benchmarks import read_benchmark
@@ -130,22 +130,22 @@ def histogram_features(root, path):
     write_features(path, bench, *np.split(color_histogram(samples), [len(bench.query)]))
     return path
 
-# %% ../nbs/07_quickstart.ipynb #75cc9202
-def score_in(d, seed, part, name, ckpt=None):
+# %% ../nbs/07_quickstart.ipynb #cf131207
+def score_in(d:Path, seed:int, part:str, name:str, ckpt:str=None)->dict:
     "Score a checkpoint, or colours without one, in one city; the result is also `results/<name>.json`."
     from reid_nb.evaluate import evaluate
     root,name = d/'toy'/part,f'{name}_{city_of(part)}'
     source = dict(ckpt=d/ckpt) if ckpt else dict(features=histogram_features(root, d/'results'/f'{name}.npz'))
     return evaluate(data=root, out=d/'results'/f'{name}.json', seed=seed, **source)['figures']
 
-# %% ../nbs/07_quickstart.ipynb #59187fda
-def compare_in(d, seed, part, ckpt, other):
+# %% ../nbs/07_quickstart.ipynb #a5b2ec6d
+def compare_in(d:Path, seed:int, part:str, ckpt:str, other:str)->dict:
     "Measure what one checkpoint has over another in one city."
     from reid_nb.evaluate import evaluate
     return evaluate(d/ckpt, d/'toy'/part, seed=seed, against=d/other)['comparison']['figures']
 
-# %% ../nbs/07_quickstart.ipynb #e52850a4
-def measure_all(steps, checkpoints, seed):
+# %% ../nbs/07_quickstart.ipynb #c5bdb025
+def measure_all(steps:Steps, checkpoints:dict, seed:int):
     "Score everything in both cities, and MoCo against the other two; the results are `results/*.json`."
     d = steps.dest
     for part,words in (SEEN, UNSEEN):
@@ -157,8 +157,8 @@ def measure_all(steps, checkpoints, seed):
             steps(f'adds_{other}_{city_of(part)}', f'what MoCo adds to {other} in {words}',
                   functools.partial(compare_in, d, seed, part, checkpoints['moco'][0], checkpoints[other][0]))
 
-# %% ../nbs/07_quickstart.ipynb #f3d12cb6
-def enrol_from(d, checkpoint, name):
+# %% ../nbs/07_quickstart.ipynb #4d3ab663
+def enrol_from(d:Path, checkpoint:str, name:str)->dict:
     "Enrol somebody from a clip of camera 1."
     from reid_nb.biometrics import enroll
     from reid_nb.parts.decisions import find_usable_tracks
@@ -168,8 +168,8 @@ def enrol_from(d, checkpoint, name):
     got = enroll(name, video, d/'gallery', d/checkpoint, track=longest.number, consent='drawn for this course')
     return dict(name=name, crops=len(got['crops']))
 
-# %% ../nbs/07_quickstart.ipynb #f5636b35
-def ask(d, checkpoint, kind, claimed, name, truth):
+# %% ../nbs/07_quickstart.ipynb #f830df64
+def ask(d:Path, checkpoint:str, kind:str, claimed:str, name:str, truth:str)->dict:
     "Ask one question about a clip; returns question, truth, answer, and the pair of pictures behind it."
     from reid_nb.biometrics import identify, verify
     from reid_nb.parts.decisions import ANSWERS, evidence
@@ -182,8 +182,8 @@ def ask(d, checkpoint, kind, claimed, name, truth):
                 answer=said.get(best.answer, best.answer), score=best.score, threshold=best.upper,
                 picture=f'figures/{kind}_{name}.png', text=str(got))
 
-# %% ../nbs/07_quickstart.ipynb #79753dcf
-def recognise(steps, checkpoint, seed):
+# %% ../nbs/07_quickstart.ipynb #1138d786
+def recognise(steps:Steps, checkpoint:str, seed:int)->list:
     "Enrol three people and ask four questions; returns the answers as dicts."
     from reid_nb.evaluate import calibrate
     d = steps.dest
@@ -194,8 +194,8 @@ def recognise(steps, checkpoint, seed):
     return [steps(f'ask_{i}', f'question {i+1}: {q[0]} with {q[2]}', functools.partial(ask, d, checkpoint, *q))
             for i,q in enumerate(QUESTIONS)]
 
-# %% ../nbs/07_quickstart.ipynb #742b24eb
-def draw_roc(steps):
+# %% ../nbs/07_quickstart.ipynb #da315b3a
+def draw_roc(steps:Steps)->list:
     "Draw the ROC curves of all contestants, a PNG file for each city; returns the names of all figures."
     from matplotlib import pyplot as plt
     from reid_nb.parts.drift import plot_roc
@@ -208,8 +208,8 @@ def draw_roc(steps):
         plt.close(fig)
     return sorted(f.name for f in (d/'figures').glob('*.png'))
 
-# %% ../nbs/07_quickstart.ipynb #0be698cb
-def walk_line(steps, plan, seed):
+# %% ../nbs/07_quickstart.ipynb #4c9b8fb2
+def walk_line(steps:Steps, plan:Plan, seed:int)->tuple:
     "Run all stages; returns the checkpoint that was used for recognition, and the answers."
     collect(steps, plan, seed)
     checkpoints = learn(steps, plan, seed)
@@ -246,7 +246,7 @@ def quickstart(
     small:bool=False, # A walk of a minute, with too few people to mean anything
     thorough:bool=False, # Train longer, and with three seeds
 )->Path: # The report; raises `BadInput` where `dest` is taken, and what the steps raise
-    "Walk the whole street, from a toy city to a recognised person."
+    "Walk the whole line, from a toy city to a recognised person."
     if small and thorough: raise BadInput('a walk is either small or thorough')
     Path(dest).mkdir(parents=True, exist_ok=True)
     with lock(dest):

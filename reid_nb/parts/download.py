@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from .core import atomic_write, BadInput, command, lock, sha256
-from .parallel import check_engine, do_video, on_ray
+from .parallel import check_engine, do_video, hide_bar, on_ray
 from .video import count_frames, frame_rate, read_frames
 
 log = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ def fetch_videos(
     fetch_one = on_ray(fetch_video, stop) if engine == 'ray' else partial(fetch_video, stop=stop)
     try:
         names = {pool.submit(do_video, fetch_one, job): job[0].stem for job in jobs}
-        for job in tqdm(as_completed(names), 'download', len(names), disable=None):
+        for job in tqdm(as_completed(names), 'download', len(names), disable=hide_bar()):
             found, why = job.result()
             row = dict.fromkeys('height fps frames bytes digest note modified'.split())
             row |= found or dict(state='other', note=why[:300])

@@ -6,10 +6,10 @@
 __all__ = ['log', 'RESERVED_NAMES', 'GALLERY_FORM', 'GALLERY_SCHEMA', 'CROP_NAME', 'NOTICED', 'INDEXES', 'PERSONS', 'ExactIndex',
            'best_people', 'FaissIndex', 'QdrantIndex', 'make_index', 'fold_name', 'clean_name', 'utc_now', 'log_event',
            'GalleryDatabase', 'GalleryStore', 'missing_picture', 'read_crop', 'compare_folders', 'notice_changes',
-           'refuse_orphans', 'open_store', 'Identities', 'TemplateIndex', 'stack_features', 'insert_template',
-           'note_thresholds', 'Gallery', 'lookalikes', 'missing_crops', 'return_folders', 'strike_off',
-           'repair_gallery', 'crops_by_template', 'put_templates', 'reembed_gallery', 'as_json', 'show_people',
-           'reid_gallery', 'reid_erase']
+           'refuse_orphans', 'open_store', 'Identities', 'NamedPeople', 'TemplateIndex', 'stack_features',
+           'insert_template', 'note_thresholds', 'Gallery', 'lookalikes', 'missing_crops', 'return_folders',
+           'strike_off', 'repair_gallery', 'crops_by_template', 'put_templates', 'reembed_gallery', 'as_json',
+           'show_people', 'reid_gallery', 'reid_erase']
 
 # %% ../../nbs/parts/16_gallery.ipynb #ab892673
 import json, logging, os, re, shutil, sqlite3, sys, unicodedata
@@ -22,7 +22,6 @@ from uuid import uuid4
 
 import cv2
 import numpy as np
-from fastcore.basics import patch
 
 from .core import atomic_write, BadInput, command, read_rgb, write_jpeg
 
@@ -103,40 +102,35 @@ class QdrantIndex:
             return [(p.payload['person'], p.score) for p in points]
         return best_people(search, k, self.total)
 
-# %% ../../nbs/parts/16_gallery.ipynb #10f39b2b
-@patch
-def call(self:QdrantIndex, f, *args, **kw):
-    "Call the client; raises `BadInput` where the server does not answer."
-    from qdrant_client.http.exceptions import ApiException
-    try: return f(*args, **kw)
-    except (ApiException, OSError) as e:
-        raise BadInput(f'{self.server}: no answer from a Qdrant server there ({e})') from None
+    def call(self, f, *args, **kw):
+        "Call the client; raises `BadInput` where the server does not answer."
+        from qdrant_client.http.exceptions import ApiException
+        try: return f(*args, **kw)
+        except (ApiException, OSError) as e:
+            raise BadInput(f'{self.server}: no answer from a Qdrant server there ({e})') from None
 
-@patch
-def stored_ids(self:QdrantIndex):
-    "List the numbers of the templates on the server."
-    at, found = None, []
-    while True:
-        points, at = self.client.scroll(self.name, limit=10_000, offset=at, with_payload=False)
-        found += [p.id for p in points]
-        if at is None: return found
+    def stored_ids(self):
+        "List the numbers of the templates on the server."
+        at, found = None, []
+        while True:
+            points, at = self.client.scroll(self.name, limit=10_000, offset=at, with_payload=False)
+            found += [p.id for p in points]
+            if at is None: return found
 
-# %% ../../nbs/parts/16_gallery.ipynb #9ae4adb6
-@patch
-def update(self:QdrantIndex, ids, people, read):
-    "Send new templates, delete those that are gone."
-    if not len(ids): return self.client.delete_collection(self.name)
-    if not self.client.collection_exists(self.name):
-        size, dot = read(ids[:1]).shape[1], self.models.Distance.DOT
-        self.client.create_collection(self.name, self.models.VectorParams(size=size, distance=dot))
-    have = self.stored_ids()
-    new, gone = np.flatnonzero(~np.isin(ids, have)), np.setdiff1d(have, ids)
-    for at in range(0, len(new), 1000):
-        rows = new[at:at+1000]
-        payloads = [dict(person=int(p)) for p in people[rows]]
-        batch = dict(ids=ids[rows].tolist(), vectors=read(ids[rows]).tolist(), payloads=payloads)
-        self.client.upsert(self.name, self.models.Batch(**batch))
-    if len(gone): self.client.delete(self.name, self.models.PointIdsList(points=gone.tolist()))
+    def update(self, ids, people, read):
+        "Send new templates, delete those that are gone."
+        if not len(ids): return self.client.delete_collection(self.name)
+        if not self.client.collection_exists(self.name):
+            size, dot = read(ids[:1]).shape[1], self.models.Distance.DOT
+            self.client.create_collection(self.name, self.models.VectorParams(size=size, distance=dot))
+        have = self.stored_ids()
+        new, gone = np.flatnonzero(~np.isin(ids, have)), np.setdiff1d(have, ids)
+        for at in range(0, len(new), 1000):
+            rows = new[at:at+1000]
+            payloads = [dict(person=int(p)) for p in people[rows]]
+            batch = dict(ids=ids[rows].tolist(), vectors=read(ids[rows]).tolist(), payloads=payloads)
+            self.client.upsert(self.name, self.models.Batch(**batch))
+        if len(gone): self.client.delete(self.name, self.models.PointIdsList(points=gone.tolist()))
 
 # %% ../../nbs/parts/16_gallery.ipynb #c8a1367f
 def make_index(
@@ -251,28 +245,23 @@ class GalleryDatabase:
             finally:
                 if db.in_transaction: db.execute('ROLLBACK')
 
-# %% ../../nbs/parts/16_gallery.ipynb #a930aad4
-@patch
-def create(self:GalleryDatabase, matcher):
-    "Make the tables where there are none."
-    if self.read('SELECT 1 FROM sqlite_master'): return
-    about = dict(model=matcher.digest, thresholds=json.dumps(matcher.thresholds),
-                 search='exact', uid=uuid4().hex, version=uuid4().hex)
-    with closing(self.connect()) as db: db.executescript(f'BEGIN IMMEDIATE; {GALLERY_SCHEMA} COMMIT')
-    with self.writing() as db:
-        db.executemany('INSERT OR IGNORE INTO about VALUES (?,?)', about.items())
+    def create(self, matcher):
+        "Make the tables where there are none."
+        if self.read('SELECT 1 FROM sqlite_master'): return
+        about = dict(model=matcher.digest, thresholds=json.dumps(matcher.thresholds),
+                     search='exact', uid=uuid4().hex, version=uuid4().hex)
+        with closing(self.connect()) as db: db.executescript(f'BEGIN IMMEDIATE; {GALLERY_SCHEMA} COMMIT')
+        with self.writing() as db:
+            db.executemany('INSERT OR IGNORE INTO about VALUES (?,?)', about.items())
 
-# %% ../../nbs/parts/16_gallery.ipynb #fafe6c37
-@patch
-def about(self:GalleryDatabase):
-    "Read the settings: model, thresholds, search, uid, version."
-    return dict(self.read('SELECT key, value FROM about'))
+    def about(self):
+        "Read the settings: model, thresholds, search, uid, version."
+        return dict(self.read('SELECT key, value FROM about'))
 
-@patch
-def history(self:GalleryDatabase)->list: # Of (time, event, number of the person or None, details)
-    "Read the log; older galleries have another word for 'inconclusive' in it."
-    return self.read("""SELECT time, event, identity, replace(detail, 'look yourself', 'inconclusive')
-        FROM log ORDER BY id""")
+    def history(self)->list: # Of (time, event, number of the person or None, details)
+        "Read the log; older galleries have another word for 'inconclusive' in it."
+        return self.read("""SELECT time, event, identity, replace(detail, 'look yourself', 'inconclusive')
+            FROM log ORDER BY id""")
 
 # %% ../../nbs/parts/16_gallery.ipynb #ebadd8a0
 CROP_NAME = re.compile(r'[^/\\.][^/\\]*/\d{8}_\d\d\.jpg')    # <Name>/<frame>_<two digits more>.jpg
@@ -303,51 +292,43 @@ class GalleryStore(GalleryDatabase):
             raise BadInput(f'{self.pending}: damaged ({e}): delete it; crops of nobody may stay behind') from None
         return {file: self.path_of(file) for file in files}
 
-# %% ../../nbs/parts/16_gallery.ipynb #2ebb79ed
-@patch
-def sweep(self:GalleryStore, db):
-    "Remove the crops of `pending.json` that the database does not know."
-    if not self.pending.is_file(): return
-    for file, path in self.noted().items():
-        if not db.execute('SELECT 1 FROM samples WHERE file = ?', [file]).fetchone():
-            path.unlink(missing_ok=True)
-            if path.parent.is_dir() and not any(path.parent.iterdir()): path.parent.rmdir()
-    self.pending.unlink()
+    def sweep(self, db):
+        "Remove the crops of `pending.json` that the database does not know."
+        if not self.pending.is_file(): return
+        for file, path in self.noted().items():
+            if not db.execute('SELECT 1 FROM samples WHERE file = ?', [file]).fetchone():
+                path.unlink(missing_ok=True)
+                if path.parent.is_dir() and not any(path.parent.iterdir()): path.parent.rmdir()
+        self.pending.unlink()
 
-@patch
-def settle(self:GalleryStore):
-    "Bring folders and database together after a change, or after a kill."
-    if not self.pending.is_file(): return
-    with self.writing() as db: self.sweep(db)
+    def settle(self):
+        "Bring folders and database together after a change, or after a kill."
+        if not self.pending.is_file(): return
+        with self.writing() as db: self.sweep(db)
 
-# %% ../../nbs/parts/16_gallery.ipynb #6545ec0f
-@patch
-@contextmanager
-def change(self:GalleryStore): # Yields a connection; call `note` before a crop is written or deleted
-    "A transaction on database and folders."
-    try:
-        with self.writing() as db:
-            self.sweep(db)
-            yield db
-            db.execute("UPDATE about SET value = ? WHERE key = 'version'", [uuid4().hex])
-    finally: self.settle()
+    @contextmanager
+    def change(self): # Yields a connection; call `note` before a crop is written or deleted
+        "A transaction on database and folders."
+        try:
+            with self.writing() as db:
+                self.sweep(db)
+                yield db
+                db.execute("UPDATE about SET value = ? WHERE key = 'version'", [uuid4().hex])
+        finally: self.settle()
 
-# %% ../../nbs/parts/16_gallery.ipynb #3319ead6
-@patch
-def folder_of(self:GalleryStore, name):
-    "The folder of a name; raises `BadInput` where a link or a file is in the way."
-    path = self.root/name
-    if path.is_symlink() or path.exists() and not path.is_dir():
-        raise BadInput(f'{path}: in the way, it is not a folder')
-    return path
+    def folder_of(self, name):
+        "The folder of a name; raises `BadInput` where a link or a file is in the way."
+        path = self.root/name
+        if path.is_symlink() or path.exists() and not path.is_dir():
+            raise BadInput(f'{path}: in the way, it is not a folder')
+        return path
 
-@patch
-def free_file(self:GalleryStore, folder, frame):
-    "A path for one more crop of this frame number."
-    paths = (folder/f'{frame:08d}_{k:02d}.jpg' for k in range(100))
-    path = next((p for p in paths if not p.exists()), None)
-    if not path: raise BadInput(f'{folder}: a hundred crops of frame {frame}: take another clip')
-    return path
+    def free_file(self, folder, frame):
+        "A path for one more crop of this frame number."
+        paths = (folder/f'{frame:08d}_{k:02d}.jpg' for k in range(100))
+        path = next((p for p in paths if not p.exists()), None)
+        if not path: raise BadInput(f'{folder}: a hundred crops of frame {frame}: take another clip')
+        return path
 
 # %% ../../nbs/parts/16_gallery.ipynb #62762d7f
 def missing_picture():
@@ -460,73 +441,68 @@ class Identities:
         values = [name, fold_name(name)]
         return db.execute('INSERT INTO identities(name, folded) VALUES (?,?)', values).lastrowid
 
-# %% ../../nbs/parts/16_gallery.ipynb #90424452
-@patch
-def people(self:Identities)->list: # Of dict: name, number, merged, templates, crops, since, consent
-    "List everybody, with what is kept about them."
-    have = 'FROM people p JOIN templates t ON identity = p.id JOIN samples ON template = t.id'
-    rows = self.store.read(f"""SELECT name, head, count(DISTINCT t.id), count(file), min(added) {have}
-        GROUP BY head ORDER BY name""")
-    merged = self.store.read('SELECT head, own FROM people WHERE id != head ORDER BY own')
-    agreed = self.store.read(f"SELECT DISTINCT head, consent {have} WHERE consent != ''")
-    def of(pairs, number): return [x for n, x in pairs if n == number]
-    return [dict(name=name, number=n, merged=of(merged, n), templates=t, crops=c, since=since,
-                 consent=of(agreed, n)) for name, n, t, c, since in rows]
+    def people(self)->list: # Of dict: name, number, merged, templates, crops, since, consent
+        "List everybody, with what is kept about them."
+        have = 'FROM people p JOIN templates t ON identity = p.id JOIN samples ON template = t.id'
+        rows = self.store.read(f"""SELECT name, head, count(DISTINCT t.id), count(file), min(added) {have}
+            GROUP BY head ORDER BY name""")
+        merged = self.store.read('SELECT head, own FROM people WHERE id != head ORDER BY own')
+        agreed = self.store.read(f"SELECT DISTINCT head, consent {have} WHERE consent != ''")
+        def of(pairs, number): return [x for n, x in pairs if n == number]
+        return [dict(name=name, number=n, merged=of(merged, n), templates=t, crops=c, since=since,
+                     consent=of(agreed, n)) for name, n, t, c, since in rows]
 
 # %% ../../nbs/parts/16_gallery.ipynb #22065567
-@patch
-def rename(self:Identities,
-    name:str, # Of an identity
-    to:str, # Its new name
-)->str: # The new name in one spelling; raises `BadInput` where it is taken, or no name
-    "Give an identity another name."
-    to, store = clean_name(to), self.store
-    with store.change() as db:
-        who, old = self.find_identity(name)
-        taken = store.read('SELECT id FROM people WHERE folded = ?', fold_name(to))
-        if taken and taken[0][0] != who:
-            raise BadInput(f'{to} is enrolled already: merge the two if they are one person')
-        files = db.execute('SELECT file FROM samples JOIN templates t ON t.id = template '
-                           'WHERE identity = ?', [who]).fetchall()
-        moves = {f: f'{to}/{Path(f).name}' for f, in files if old != to}
-        folder = store.folder_of(to)
-        for new in moves.values():
-            if (store.root/new).exists(): raise BadInput(f'{store.root/new}: in the way')
-        store.note([*moves, *moves.values()])
-        there = [f for f in moves if (store.root/f).is_file()]
-        if there: folder.mkdir(exist_ok=True)
-        for f in there: shutil.copyfile(store.root/f, store.root/moves[f])
-        db.executemany('UPDATE samples SET file = ? WHERE file = ?', [(b, a) for a, b in moves.items()])
-        db.execute('UPDATE identities SET name = ?, folded = ? WHERE id = ?', [to, fold_name(to), who])
-        log_event(db, 'renamed', who)
-    return to
+class NamedPeople(Identities):
+    "Who is enrolled, when names change: a new name, one person under two."
+    def rename(self,
+        name:str, # Of an identity
+        to:str, # Its new name
+    )->str: # The new name in one spelling; raises `BadInput` where it is taken, or no name
+        "Give an identity another name."
+        to, store = clean_name(to), self.store
+        with store.change() as db:
+            who, old = self.find_identity(name)
+            taken = store.read('SELECT id FROM people WHERE folded = ?', fold_name(to))
+            if taken and taken[0][0] != who:
+                raise BadInput(f'{to} is enrolled already: merge the two if they are one person')
+            files = db.execute('SELECT file FROM samples JOIN templates t ON t.id = template '
+                               'WHERE identity = ?', [who]).fetchall()
+            moves = {f: f'{to}/{Path(f).name}' for f, in files if old != to}
+            folder = store.folder_of(to)
+            for new in moves.values():
+                if (store.root/new).exists(): raise BadInput(f'{store.root/new}: in the way')
+            store.note([*moves, *moves.values()])
+            there = [f for f in moves if (store.root/f).is_file()]
+            if there: folder.mkdir(exist_ok=True)
+            for f in there: shutil.copyfile(store.root/f, store.root/moves[f])
+            db.executemany('UPDATE samples SET file = ? WHERE file = ?', [(b, a) for a, b in moves.items()])
+            db.execute('UPDATE identities SET name = ?, folded = ? WHERE id = ?', [to, fold_name(to), who])
+            log_event(db, 'renamed', who)
+        return to
 
-# %% ../../nbs/parts/16_gallery.ipynb #1e44a3f5
-@patch
-def merge(self:Identities,
-    name:str, # Of a person
-    into:str, # Of the same person under another name, which will stay
-)->str: # That name; raises `BadInput`
-    "Make two identities one person."
-    with self.store.change() as db:
-        (who, name), (head, stays) = self.find(name), self.find(into)
-        if who == head: raise BadInput(f'{name} and {stays} are one person already')
-        db.execute('UPDATE identities SET head = ? WHERE ? IN (id, head)', [head, who])
-        log_event(db, 'merged', who, into=head)
-    return stays
+    def merge(self,
+        name:str, # Of a person
+        into:str, # Of the same person under another name, which will stay
+    )->str: # That name; raises `BadInput`
+        "Make two identities one person."
+        with self.store.change() as db:
+            (who, name), (head, stays) = self.find(name), self.find(into)
+            if who == head: raise BadInput(f'{name} and {stays} are one person already')
+            db.execute('UPDATE identities SET head = ? WHERE ? IN (id, head)', [head, who])
+            log_event(db, 'merged', who, into=head)
+        return stays
 
-# %% ../../nbs/parts/16_gallery.ipynb #02380714
-@patch
-def unmerge(self:Identities,
-    name:str, # Of an identity that was merged into another
-)->str: # Its name; raises `BadInput`
-    "Take an identity out again, with all that was enrolled under its name."
-    with self.store.change() as db:
-        (who, own), (head, _) = self.find_identity(name), self.find(name)
-        if who == head: raise BadInput(f'{own} is merged into nobody')
-        db.execute('UPDATE identities SET head = NULL WHERE id = ?', [who])
-        log_event(db, 'unmerged', who, out_of=head)
-    return own
+    def unmerge(self,
+        name:str, # Of an identity that was merged into another
+    )->str: # Its name; raises `BadInput`
+        "Take an identity out again, with all that was enrolled under its name."
+        with self.store.change() as db:
+            (who, own), (head, _) = self.find_identity(name), self.find(name)
+            if who == head: raise BadInput(f'{own} is merged into nobody')
+            db.execute('UPDATE identities SET head = NULL WHERE id = ?', [who])
+            log_event(db, 'unmerged', who, out_of=head)
+        return own
 
 # %% ../../nbs/parts/16_gallery.ipynb #6e4c2f6c
 INDEXES = {}    # folder -> (version of the gallery, index)
@@ -550,38 +526,32 @@ class TemplateIndex:
             ids, people = np.array(rows, np.int64).reshape(-1, 2).T
             return make_index(search, ids, people, read, f'reid_{self.store.about()["uid"]}')
 
-# %% ../../nbs/parts/16_gallery.ipynb #5efbf380
-@patch
-def load(self:TemplateIndex): # Has `nearest(probe, k)`; raises `BadInput` where nobody is enrolled
-    "The index, built anew when the gallery has changed."
-    if not self.store.read('SELECT 1 FROM templates LIMIT 1'):
-        raise BadInput(f'{self.store.root}: nobody is enrolled')
-    about = self.store.about()
-    if INDEXES.get(self.key, [None])[0] != about['version']:
-        INDEXES[self.key] = about['version'], self.build(about['search'])
-    return INDEXES[self.key][1]
+    def load(self): # Has `nearest(probe, k)`; raises `BadInput` where nobody is enrolled
+        "The index, built anew when the gallery has changed."
+        if not self.store.read('SELECT 1 FROM templates LIMIT 1'):
+            raise BadInput(f'{self.store.root}: nobody is enrolled')
+        about = self.store.about()
+        if INDEXES.get(self.key, [None])[0] != about['version']:
+            INDEXES[self.key] = about['version'], self.build(about['search'])
+        return INDEXES[self.key][1]
 
-# %% ../../nbs/parts/16_gallery.ipynb #93912dbe
-@patch
-def use(self:TemplateIndex,
-    search:str, # 'exact', 'faiss', or the URL of a Qdrant server
-): # Raises `BadInput` where it does not work here; then all stays as it was
-    "Search this gallery in another way."
-    old = self.store.about()['search']
-    with self.store.change() as db:
-        db.execute("UPDATE about SET value = ? WHERE key = 'search'", [search])
-        log_event(db, 'searched otherwise')
-        self.build(search)     # complains before anything is changed
-    if old.startswith('http') and old != search:
-        none = np.zeros(0, np.int64)
-        make_index(old, none, none, None, f'reid_{self.store.about()["uid"]}')
+    def use(self,
+        search:str, # 'exact', 'faiss', or the URL of a Qdrant server
+    ): # Raises `BadInput` where it does not work here; then all stays as it was
+        "Search this gallery in another way."
+        old = self.store.about()['search']
+        with self.store.change() as db:
+            db.execute("UPDATE about SET value = ? WHERE key = 'search'", [search])
+            log_event(db, 'searched otherwise')
+            self.build(search)     # complains before anything is changed
+        if old.startswith('http') and old != search:
+            none = np.zeros(0, np.int64)
+            make_index(old, none, none, None, f'reid_{self.store.about()["uid"]}')
 
-# %% ../../nbs/parts/16_gallery.ipynb #8fd7dff5
-@patch
-def clear(self:TemplateIndex):
-    "Drop the index in memory, and bring a server up to date."
-    INDEXES.pop(self.key, None)
-    if (search := self.store.about()['search']).startswith('http'): self.build(search)
+    def clear(self):
+        "Drop the index in memory, and bring a server up to date."
+        INDEXES.pop(self.key, None)
+        if (search := self.store.about()['search']).startswith('http'): self.build(search)
 
 # %% ../../nbs/parts/16_gallery.ipynb #934fe434
 PERSONS = 'identity IN (SELECT id FROM identities WHERE id = ?1 OR head = ?1)'    # whose templates
@@ -623,7 +593,7 @@ def note_thresholds(
     except sqlite3.OperationalError as e: log.warning(f'{store.root}: that is not written down: {e}')
 
 # %% ../../nbs/parts/16_gallery.ipynb #81597297
-class Gallery(Identities):
+class Gallery(NamedPeople):
     "Enrolled people: crops in folders, all else in `gallery.sqlite`."
     def __init__(self,
         root, # Folder, such as `gallery`
@@ -635,81 +605,72 @@ class Gallery(Identities):
         self.thresholds = matcher.thresholds if matcher else json.loads(self.store.about()['thresholds'])
         if matcher: note_thresholds(self.store, matcher.thresholds)
 
-# %% ../../nbs/parts/16_gallery.ipynb #54db5972
-@patch
-def add(self:Gallery,
-    name:str, # Of the person
-    template, # `Template`, with crops
-    consent:str='', # Who agreed to what, in words
-)->dict: # name, crops (paths below the root), templates (how many there are now); raises `BadInput`
-    "Enrol a template, all of it or nothing."
-    name, store = clean_name(name), self.store
-    with store.change() as db:
-        row = db.execute('SELECT id, own FROM people WHERE folded = ?', [fold_name(name)]).fetchone()
-        who, name = row or (None, name)     # in the spelling of the first time
-        folder = store.folder_of(name)
-        paths = [store.free_file(folder, s.frame) for s in template.shots]
-        files = [f'{name}/{p.name}' for p in paths]
-        store.note(files)
-        folder.mkdir(exist_ok=True)
-        for s, path in zip(template.shots, paths): write_jpeg(path, s.crop)
-        if who is None: who = self.insert(db, name)
-        insert_template(db, who, utc_now(), consent, template, files)
-        log_event(db, 'enrolled', who, crops=len(files))
-    return dict(name=name, crops=files, templates=len(self.templates(name)[0]))
+    def add(self,
+        name:str, # Of the person
+        template, # `Template`, with crops
+        consent:str='', # Who agreed to what, in words
+    )->dict: # name, crops (paths below the root), templates (how many there are now); raises `BadInput`
+        "Enrol a template, all of it or nothing."
+        name, store = clean_name(name), self.store
+        with store.change() as db:
+            row = db.execute('SELECT id, own FROM people WHERE folded = ?', [fold_name(name)]).fetchone()
+            who, name = row or (None, name)     # in the spelling of the first time
+            folder = store.folder_of(name)
+            paths = [store.free_file(folder, s.frame) for s in template.shots]
+            files = [f'{name}/{p.name}' for p in paths]
+            store.note(files)
+            folder.mkdir(exist_ok=True)
+            for s, path in zip(template.shots, paths): write_jpeg(path, s.crop)
+            if who is None: who = self.insert(db, name)
+            insert_template(db, who, utc_now(), consent, template, files)
+            log_event(db, 'enrolled', who, crops=len(files))
+        return dict(name=name, crops=files, templates=len(self.templates(name)[0]))
 
-# %% ../../nbs/parts/16_gallery.ipynb #77fb4b4f
-@patch
-def samples(self:Gallery,
-    name:str, # Of an enrolled person
-)->tuple: # Paths of n crops below the root, float32[n,d] embeddings; raises `BadInput`
-    "The pictures of one person."
-    return stack_features(self.store.read(f"""SELECT file, s.feature FROM templates t
-        JOIN samples s ON template = t.id WHERE {PERSONS} ORDER BY file""", self.find(name)[0]))
+    def samples(self,
+        name:str, # Of an enrolled person
+    )->tuple: # Paths of n crops below the root, float32[n,d] embeddings; raises `BadInput`
+        "The pictures of one person."
+        return stack_features(self.store.read(f"""SELECT file, s.feature FROM templates t
+            JOIN samples s ON template = t.id WHERE {PERSONS} ORDER BY file""", self.find(name)[0]))
 
-@patch
-def templates(self:Gallery,
-    name:str=None, # Only this person's; None: everybody's
-)->tuple: # list of n names, float32[n,d]; raises `BadInput` where there is none
-    "The templates to compare with."
-    where, who = ('', []) if name is None else (f'WHERE {PERSONS}', self.find(name)[:1])
-    rows = self.store.read(f"""SELECT name, feature FROM templates t JOIN people p ON identity = p.id
-        {where} ORDER BY t.id""", *who)
-    if not rows: raise BadInput(f'{self.root}: nobody is enrolled')
-    return stack_features(rows)
+    def templates(self,
+        name:str=None, # Only this person's; None: everybody's
+    )->tuple: # list of n names, float32[n,d]; raises `BadInput` where there is none
+        "The templates to compare with."
+        where, who = ('', []) if name is None else (f'WHERE {PERSONS}', self.find(name)[:1])
+        rows = self.store.read(f"""SELECT name, feature FROM templates t JOIN people p ON identity = p.id
+            {where} ORDER BY t.id""", *who)
+        if not rows: raise BadInput(f'{self.root}: nobody is enrolled')
+        return stack_features(rows)
 
-# %% ../../nbs/parts/16_gallery.ipynb #39a87dba
-@patch
-def nearest(self:Gallery,
-    probe:np.ndarray, # float32[d]
-    k:int=10, # People wanted
-)->list: # Of (name, score of the best template), best first; raises `BadInput` where nobody is
-    "The people who are most like a probe."
-    proposed = [person for person, _ in self.index.load().nearest(probe, k)]
-    names, features = stack_features(self.store.read(f"""SELECT name, feature FROM people p
-        JOIN templates t ON identity = p.id WHERE p.id IN ({','.join('?'*len(proposed))})""", *proposed))
-    best = {}
-    for name, score in zip(names, (features @ probe).tolist()): best[name] = max(score, best.get(name, -1))
-    return sorted(best.items(), key=lambda x: -x[1])
+    def nearest(self,
+        probe:np.ndarray, # float32[d]
+        k:int=10, # People wanted
+    )->list: # Of (name, score of the best template), best first; raises `BadInput` where nobody is
+        "The people who are most like a probe."
+        proposed = [person for person, _ in self.index.load().nearest(probe, k)]
+        names, features = stack_features(self.store.read(f"""SELECT name, feature FROM people p
+            JOIN templates t ON identity = p.id WHERE p.id IN ({','.join('?'*len(proposed))})""", *proposed))
+        best = {}
+        for name, score in zip(names, (features @ probe).tolist()): best[name] = max(score, best.get(name, -1))
+        return sorted(best.items(), key=lambda x: -x[1])
 
-# %% ../../nbs/parts/16_gallery.ipynb #584a060e
-@patch
-def erase(self:Gallery,
-    name:str, # Of an enrolled person
-)->dict: # The receipt: name, number, merged, crops, templates, left (what is not ours), time
-    "Forget a person; the log keeps only that a number was erased. Raises `BadInput`."
-    with self.store.change() as db:
-        (who, name), n = self.find(name), len(self.templates(name)[0])
-        own = [n for n, in db.execute('SELECT own FROM people WHERE head = ?', [who])]
-        files = self.samples(name)[0]
-        self.store.note(files)
-        db.execute('DELETE FROM identities WHERE id = ?', [who])
-        log_event(db, 'erased', who, crops=len(files), templates=n)
-    left = sorted(p.name for n in own for p in (self.root/n).glob('*'))
-    try: self.index.clear()
-    except BadInput as e: left.append(f'the copies on the server, until it answers: {e}')
-    return dict(name=name, number=who, merged=[n for n in own if n != name], crops=len(files),
-                templates=n, left=left, time=utc_now())
+    def erase(self,
+        name:str, # Of an enrolled person
+    )->dict: # The receipt: name, number, merged, crops, templates, left (what is not ours), time
+        "Forget a person; the log keeps only that a number was erased. Raises `BadInput`."
+        with self.store.change() as db:
+            (who, name), n = self.find(name), len(self.templates(name)[0])
+            own = [n for n, in db.execute('SELECT own FROM people WHERE head = ?', [who])]
+            files = self.samples(name)[0]
+            self.store.note(files)
+            db.execute('DELETE FROM identities WHERE id = ?', [who])
+            log_event(db, 'erased', who, crops=len(files), templates=n)
+        left = sorted(p.name for n in own for p in (self.root/n).glob('*'))
+        try: self.index.clear()
+        except BadInput as e: left.append(f'the copies on the server, until it answers: {e}')
+        return dict(name=name, number=who, merged=[n for n in own if n != name], crops=len(files),
+                    templates=n, left=left, time=utc_now())
 
 # %% ../../nbs/parts/16_gallery.ipynb #c402dbf6
 def lookalikes(

@@ -38,7 +38,12 @@ RESNETS = {name+end: about for end in ('','_ibn') for name,about in dict(
     resnet18=('BasicBlock',[2,2,2,2],64), resnet50=('Bottleneck',[3,4,6,3],64)).items()}
 OSNETS = ['osnet_x0_25','osnet_x0_5','osnet_x0_75','osnet_x1_0','osnet_ain_x1_0']
 
-def narrow(net, block, layers, width):
+def narrow(
+    net, # A torchvision ResNet; it is changed
+    block, # Class of its blocks
+    layers, # Blocks of each stage
+    width, # Channels of the first stage
+):
     "Give each stage fewer channels; torchvision has no option for it."
     net.conv1,net.bn1,net.inplanes = nn.Conv2d(3, width, 7, 2, 3, bias=False),nn.BatchNorm2d(width),width
     for i,(n,stride) in enumerate(zip(layers, (1,2,2,2))):
@@ -46,7 +51,9 @@ def narrow(net, block, layers, width):
     for m in net.modules():
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 
-def resnet(arch):
+def resnet(
+    arch, # One of `RESNETS`
+)->tuple: # [(name, module)], channels
     "Make the parts of a ResNet by name; returns them and the width of its last map."
     kind,layers,width = RESNETS[arch]
     block = getattr(torchvision.models.resnet, kind)
@@ -60,7 +67,9 @@ def resnet(arch):
     return list(net.named_children())[:-2],8*width*block.expansion
 
 # %% ../../nbs/parts/11_models.ipynb #30a8acf9
-def osnet(arch):
+def osnet(
+    arch, # One of `OSNETS`
+)->tuple: # [(name, module)], channels
     "Make the parts of torchreid's OSNet (Zhou 2019); returns them and the width of its last map."
     with warnings.catch_warnings():  # it tells that its compiled ranking is missing: no ranking is done here
         warnings.simplefilter('ignore')

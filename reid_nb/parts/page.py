@@ -6,9 +6,9 @@
 __all__ = ['ANSWER_KINDS', 'MAX_FRAMES', 'MAX_MINUTES', 'MAX_PIXELS', 'MAX_MB', 'MAX_VISITORS', 'Reply', 'CONSENT', 'PRIVATE',
            'no_proxies', 'figure_row', 'person_icon', 'answer_box', 'confine', 'query_crops', 'clear_query',
            'write_query', 'check_clip', 'check_range', 'Cancelled', 'Busy', 'no_progress', 'VisitorQueue', 'complaint',
-           'say_errors', 'serve_in_turn', 'captioned_crops', 'GalleryBackend', 'ask_who', 'reply_updates',
-           'connect_buttons', 'clip_inputs', 'slider_updates', 'submit_buttons', 'answer_column', 'rate_input',
-           'verification_tab', 'identification_tab', 'gallery_fields', 'gallery_tables', 'merged_names',
+           'say_errors', 'serve_in_turn', 'captioned_crops', 'GalleryBackend', 'EditingBackend', 'ask_who',
+           'reply_updates', 'connect_buttons', 'clip_inputs', 'slider_updates', 'submit_buttons', 'answer_column',
+           'rate_input', 'verification_tab', 'identification_tab', 'gallery_fields', 'gallery_tables', 'merged_names',
            'gallery_lists', 'gallery_tab', 'fill_on_opening', 'offered_clips', 'heading']
 
 # %% ../../nbs/parts/28_page.ipynb #1fd5185f
@@ -21,7 +21,6 @@ from types import SimpleNamespace
 from uuid import uuid4
 
 import numpy as np
-from fastcore.basics import patch
 
 from .core import BadInput, encode_jpeg, write_jpeg
 from .film import draw_film, LABEL_GREY
@@ -234,7 +233,7 @@ def captioned_crops(
 
 # %% ../../nbs/parts/28_page.ipynb #2dfea22d
 class GalleryBackend:
-    "The state of the app, and what its Gallery tab does."
+    "The state of the app, and what its Gallery tab shows."
     def __init__(self,
         gallery, # Folder of the gallery; it may be made later
         checkpoint, # A checkpoint with thresholds, or a `Matcher`
@@ -251,98 +250,87 @@ class GalleryBackend:
         "The gallery, or None before the first enrolment."
         return Gallery(self.gallery) if (self.gallery/'gallery.sqlite').is_file() else None
 
-# %% ../../nbs/parts/28_page.ipynb #c0d42431
-@patch
-def names(self:GalleryBackend)->list: # Of str
-    "List everybody enrolled."
-    return here.names() if (here := self.open_gallery()) else []
+    def names(self)->list: # Of str
+        "List everybody enrolled."
+        return here.names() if (here := self.open_gallery()) else []
 
-@patch
-def people(self:GalleryBackend)->list: # Of dict, see `Gallery.people`
-    "List everybody, with what is kept about them."
-    return here.people() if (here := self.open_gallery()) else []
+    def people(self)->list: # Of dict, see `Gallery.people`
+        "List everybody, with what is kept about them."
+        return here.people() if (here := self.open_gallery()) else []
 
-@patch
-def log_rows(self:GalleryBackend)->list: # Of [time, event, number, details], newest first
-    "The log of the gallery, as a table."
-    rows = here.store.history()[::-1] if (here := self.open_gallery()) else []
-    return [[time[:19].replace('T', ' '), event, number, re.sub(r'[{}"]', '', detail)]
-            for time, event, number, detail in rows]
+    def log_rows(self)->list: # Of [time, event, number, details], newest first
+        "The log of the gallery, as a table."
+        rows = here.store.history()[::-1] if (here := self.open_gallery()) else []
+        return [[time[:19].replace('T', ' '), event, number, re.sub(r'[{}"]', '', detail)]
+                for time, event, number, detail in rows]
 
-@patch
-def show_samples(self:GalleryBackend,
-    name:str, # Of an enrolled person, or None
-    most:int=9, # Pictures to show, evenly spread
-)->str: # HTML
-    "Show crops of one person."
-    if name not in self.names(): return ''
-    files = self.open_gallery().samples(name)[0]
-    return figure_row(captioned_crops(self.gallery, files[::-(-len(files)//most)]), 90)
+    def show_samples(self,
+        name:str, # Of an enrolled person, or None
+        most:int=9, # Pictures to show, evenly spread
+    )->str: # HTML
+        "Show crops of one person."
+        if name not in self.names(): return ''
+        files = self.open_gallery().samples(name)[0]
+        return figure_row(captioned_crops(self.gallery, files[::-(-len(files)//most)]), 90)
+
+    def new_film(self):
+        "A path for a film; of the older ones few stay."
+        old = sorted(Path(self.films.name).glob('*.mp4'), key=os.path.getmtime)
+        for path in old[:-MAX_VISITORS]: path.unlink(missing_ok=True)
+        return Path(self.films.name)/f'people_{uuid4().hex}.mp4'
 
 # %% ../../nbs/parts/28_page.ipynb #d4a8e7f5
-@patch
-@serve_in_turn
-def rename(self:GalleryBackend,
-    name:str, # Of an enrolled person
-    to:str, # The new name
-    progress=no_progress, # Not used: this is quick
-)->Reply:
-    "Give a person another name."
-    if not name: raise BadInput('nobody is chosen: choose a person from the list')
-    now = Gallery(self.gallery).rename(name, to or '')
-    return Reply(answer_box('good', f'{name} is now called {now}.'))
+class EditingBackend(GalleryBackend):
+    "What the Gallery tab changes: names, and who is enrolled at all."
+    @serve_in_turn
+    def rename(self,
+        name:str, # Of an enrolled person
+        to:str, # The new name
+        progress=no_progress, # Not used: this is quick
+    )->Reply:
+        "Give a person another name."
+        if not name: raise BadInput('nobody is chosen: choose a person from the list')
+        now = Gallery(self.gallery).rename(name, to or '')
+        return Reply(answer_box('good', f'{name} is now called {now}.'))
 
-@patch
-@serve_in_turn
-def merge(self:GalleryBackend,
-    name:str, # Of an enrolled person
-    into:str, # Of the same person under another name
-    progress=no_progress, # Not used: this is quick
-)->Reply:
-    "Make two names one person."
-    if not name or not into: raise BadInput('choose a person from the list, and who it is in truth')
-    stays = Gallery(self.gallery).merge(name, into)
-    return Reply(answer_box('good', f'{name} and {stays} are one person now, {stays}.', ['it can be undone']))
+    @serve_in_turn
+    def merge(self,
+        name:str, # Of an enrolled person
+        into:str, # Of the same person under another name
+        progress=no_progress, # Not used: this is quick
+    )->Reply:
+        "Make two names one person."
+        if not name or not into: raise BadInput('choose a person from the list, and who it is in truth')
+        stays = Gallery(self.gallery).merge(name, into)
+        return Reply(answer_box('good', f'{name} and {stays} are one person now, {stays}.', ['it can be undone']))
 
-# %% ../../nbs/parts/28_page.ipynb #eaa027a1
-@patch
-@serve_in_turn
-def unmerge(self:GalleryBackend,
-    name:str, # A merged name
-    progress=no_progress, # Not used: this is quick
-)->Reply:
-    "Undo a merge."
-    if not name: raise BadInput('no merged name is chosen')
-    own = Gallery(self.gallery).unmerge(name)
-    return Reply(answer_box('good', f'{own} is a person of their own again.'))
+    @serve_in_turn
+    def unmerge(self,
+        name:str, # A merged name
+        progress=no_progress, # Not used: this is quick
+    )->Reply:
+        "Undo a merge."
+        if not name: raise BadInput('no merged name is chosen')
+        own = Gallery(self.gallery).unmerge(name)
+        return Reply(answer_box('good', f'{own} is a person of their own again.'))
 
-# %% ../../nbs/parts/28_page.ipynb #b978a3f5
-@patch
-@serve_in_turn
-def erase(self:GalleryBackend,
-    name:str, # Of an enrolled person
-    sure:bool, # Whether to go through with it
-    progress=no_progress, # Not used: this is quick
-)->Reply: # With the receipt
-    "Delete a person, the crops of the last query, and the films."
-    if not name: raise BadInput('nobody is chosen: choose a person from the list')
-    if not sure: raise BadInput('this cannot be undone: tick the box if you are sure')
-    if self.query and self.query.exists(): clear_query(self.query)
-    for film in Path(self.films.name).glob('*.mp4'): film.unlink()
-    r = Gallery(self.gallery).erase(name)
-    lines = [f'deleted: {r["crops"]} crops, templates: {r["templates"]}; {r["time"][:16].replace("T", " ")} UTC',
-             f'the log says only that number {r["number"]} was erased',
-             'uploaded clips and films of answers leave this machine within the hour']
-    if r['left']: lines.append(f'not ours, so left in the folder: {", ".join(r["left"])}')
-    return Reply(answer_box('good', f'Receipt: {r["name"]} is forgotten.', lines))
-
-# %% ../../nbs/parts/28_page.ipynb #81a8ef86
-@patch
-def new_film(self:GalleryBackend):
-    "A path for a film; of the older ones few stay."
-    old = sorted(Path(self.films.name).glob('*.mp4'), key=os.path.getmtime)
-    for path in old[:-MAX_VISITORS]: path.unlink(missing_ok=True)
-    return Path(self.films.name)/f'people_{uuid4().hex}.mp4'
+    @serve_in_turn
+    def erase(self,
+        name:str, # Of an enrolled person
+        sure:bool, # Whether to go through with it
+        progress=no_progress, # Not used: this is quick
+    )->Reply: # With the receipt
+        "Delete a person, the crops of the last query, and the films."
+        if not name: raise BadInput('nobody is chosen: choose a person from the list')
+        if not sure: raise BadInput('this cannot be undone: tick the box if you are sure')
+        if self.query and self.query.exists(): clear_query(self.query)
+        for film in Path(self.films.name).glob('*.mp4'): film.unlink()
+        r = Gallery(self.gallery).erase(name)
+        lines = [f'deleted: {r["crops"]} crops, templates: {r["templates"]}; {r["time"][:16].replace("T", " ")} UTC',
+                 f'the log says only that number {r["number"]} was erased',
+                 'uploaded clips and films of answers leave this machine within the hour']
+        if r['left']: lines.append(f'not ours, so left in the folder: {", ".join(r["left"])}')
+        return Reply(answer_box('good', f'Receipt: {r["name"]} is forgotten.', lines))
 
 # %% ../../nbs/parts/28_page.ipynb #e58f4a1e
 CONSENT = 'This person has agreed to be enrolled, and knows that it can be undone at any time.'

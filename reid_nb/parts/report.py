@@ -268,7 +268,7 @@ def write_report(
     next_step:str='', # A command, at the end
 )->Path: # dest/report.html
     "Write everything that the walk has seen so far on one page."
-    d,title = steps.dest,'reid_nb: the whole street'
+    d,title = steps.dest,'reid_nb: the whole line'
     rows = [['step','seconds','result'], *([s['title'], f'{s["seconds"]:.1f}', json.dumps(s['result'])[:90]]
                                            for s in steps.results.values())]
     seen = [html_image((d/'figures'/f).read_bytes(), alt)+f'<p>{alt}</p>' for f,alt in PICTURES.items()

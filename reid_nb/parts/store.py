@@ -122,9 +122,13 @@ def open_lmdb(
         raise BadInput(f'{path}: the end of the file is missing: copy it again')
     return env
 
-# %% ../../nbs/parts/20_store.ipynb #0ce6c5fb
-def put_picture(txn, key, jpeg):
-    "Write a picture; False where its key has one."
+# %% ../../nbs/parts/20_store.ipynb #e7ae7239
+def put_picture(
+    txn:lmdb.Transaction, # Open for writing
+    key:bytes, # Of the picture
+    jpeg:bytes, # The picture
+)->bool: # False where the key has one already
+    "Write a picture."
     return txn.put(key, jpeg, append=True) or txn.put(key, jpeg, overwrite=False)
 
 # %% ../../nbs/parts/20_store.ipynb #ec430344

@@ -144,7 +144,10 @@ def pk_batches(
         epoch += 1
 
 # %% ../../nbs/parts/23_supervised.ipynb #66862635
-def auto_augment(img, rng):
+def auto_augment(
+    img, # uint8[h,w,3], RGB
+    rng, # `np.random.Generator`
+): # uint8[h,w,3]
     "Apply torchvision's AutoAugment with a random state from `rng`."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**32)))

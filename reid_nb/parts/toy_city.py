@@ -143,7 +143,10 @@ def limb_joints(
     mid = (at[0] + upper*math.sin(angle), at[1] - upper*math.cos(angle))
     return mid, (mid[0] + lower*math.sin(angle+bend), mid[1] - lower*math.cos(angle+bend))
 
-def darken(rgb, f):
+def darken(
+    rgb:tuple, # A colour
+    f:float, # From 0, black, to 1, the same
+):
     "Multiply a colour by `f`."
     return tuple(int(v*f) for v in rgb)
 
@@ -152,8 +155,8 @@ def draw_leg(
     s:Sprite, # Canvas
     p:Pedestrian, # Whose leg
     hip:tuple, # Where it hangs
-    angle:float, # As for `limb_joints`, as is `bend`
-    bend:float,
+    angle:float, # Of the upper part, in radians from straight down
+    bend:float, # Of the lower part against the upper one, in radians
     f:float, # Brightness, less than 1 for the far leg
     toe:int=0, # 1: the foot points to the right
 ):
@@ -169,8 +172,8 @@ def draw_arm(
     s:Sprite, # Canvas
     p:Pedestrian, # Whose arm
     shoulder:tuple, # Where it hangs
-    angle:float, # As for `limb_joints`, as is `bend`
-    bend:float,
+    angle:float, # Of the upper part, in radians from straight down
+    bend:float, # Of the lower part against the upper one, in radians
     f:float, # Brightness, less than 1 for the far arm
 )->tuple: # The wrist
     "Draw an arm."
@@ -181,7 +184,9 @@ def draw_arm(
     return wrist
 
 # %% ../../nbs/parts/02_toy_city.ipynb #0987dc7b
-def draw_fabric(p):
+def draw_fabric(
+    p:Pedestrian, # Who wears it
+):
     "Draw the pattern of a top as a picture of the sprite's size."
     y,x = np.mgrid[:Sprite.h, :Sprite.w]
     x,k = x - Sprite.w//2,p.pitch
@@ -206,8 +211,13 @@ def draw_top(
     if open_jacket: s.poly(p.logo_rgb, (-.03,.845), (.03,.845), (.045,.475), (-.045,.475))
 
 # %% ../../nbs/parts/02_toy_city.ipynb #e1a628da
-def draw_logo(s, p, y=.72, r=.045):
-    "Draw the logo at height `y` with radius `r`."
+def draw_logo(
+    s:Sprite, # Canvas
+    p:Pedestrian, # Who wears it
+    y:float=.72, # Height of its middle
+    r:float=.045, # Radius
+):
+    "Draw the logo."
     if p.logo == 'disc': s.ellipse(p.logo_rgb, (0,y), r, r)
     if p.logo == 'square': s.box(p.logo_rgb, -r, y-r, r, y+r)
     if p.logo == 'triangle': s.poly(p.logo_rgb, (0,y+r), (r,y-r), (-r,y-r))
@@ -216,8 +226,12 @@ def draw_logo(s, p, y=.72, r=.045):
         s.box(p.logo_rgb, -.015, y-r, .015, y+r)
 
 # %% ../../nbs/parts/02_toy_city.ipynb #bbc0c063
-def draw_head(s, p, view):
-    "Draw neck, head, hair and cap as seen from front, back or side."
+def draw_head(
+    s:Sprite, # Canvas
+    p:Pedestrian, # Whose head
+    view:str, # front, back or side
+):
+    "Draw neck, head, hair and cap."
     top = p.logo_rgb if p.haircut == 'cap' else p.hair
     s.limb(p.skin, (0,.83), (0,.88), .028, .028)
     s.ellipse(p.skin, (.01 if view == 'side' else 0,.915), .052, .068)
@@ -233,8 +247,13 @@ def draw_head(s, p, view):
     for x in eyes: s.ellipse((30,26,24), (x,.915), .008, .008)
 
 # %% ../../nbs/parts/02_toy_city.ipynb #65eccd28
-def draw_bag(s, p, view, wrist):
-    "Draw the bag as seen from front, back or side; a handbag hangs from `wrist`."
+def draw_bag(
+    s:Sprite, # Canvas
+    p:Pedestrian, # Whose bag
+    view:str, # front, back or side
+    wrist:tuple, # Where a handbag hangs
+):
+    "Draw the bag."
     c = p.bag_rgb
     if p.bag == 'backpack' and view == 'front':
         for m in (-1,1): s.poly(c, (m*.06,.84), (m*.085,.84), (m*.10,.62), (m*.08,.62))
@@ -253,8 +272,13 @@ def draw_bag(s, p, view, wrist):
 # %% ../../nbs/parts/02_toy_city.ipynb #587a583c
 PHASES = 6
 
-def draw_side(s, p, swing, lift):
-    "Draw a person from the side; `swing` and `lift` are sine and cosine of the step's angle."
+def draw_side(
+    s:Sprite, # Canvas
+    p:Pedestrian, # Whom
+    swing:float, # Sine of the step's angle
+    lift:float, # Its cosine
+):
+    "Draw a person from the side."
     draw_leg(s, p, (0,.5), -.42*swing, -.15-.5*max(0,-lift), .72, toe=1)
     draw_arm(s, p, (0,.80), .45*swing, .35, .72)
     if p.bag == 'backpack': draw_bag(s, p, 'side', None)
@@ -267,8 +291,13 @@ def draw_side(s, p, swing, lift):
     if p.bag != 'backpack': draw_bag(s, p, 'side', wrist)
 
 # %% ../../nbs/parts/02_toy_city.ipynb #44100293
-def draw_front(s, p, swing, view):
-    "Draw a person from the front or the back; `swing` is the sine of the step's angle."
+def draw_front(
+    s:Sprite, # Canvas
+    p:Pedestrian, # Whom
+    swing:float, # Sine of the step's angle
+    view:str, # front or back
+):
+    "Draw a person from the front or the back."
     b = p.build
     if p.haircut == 'long' and view == 'front': s.ellipse(p.hair, (0,.86), .07, .10)
     for m in (-1,1):
@@ -329,7 +358,12 @@ CAMERAS = [Camera(PORTO, 1, 'front', (1.04,1.00,.95),  .95,  .25, 3, .4, 1.),
            Camera(NORD, 3, 'back',   (1.00,.94,1.02), 1.25,  .30, 8, .9, .93)]
 
 # %% ../../nbs/parts/02_toy_city.ipynb #6af89747
-def draw_street(bg, cam, r, horizon):
+def draw_street(
+    bg:np.ndarray, # uint8[360,640,3], painted on
+    cam:Camera, # Whose view
+    r:np.random.Generator, # For windows and grain
+    horizon:int, # Row in which the paving begins
+):
     "Draw the wall with its windows above the row `horizon`, the paving below."
     bg[:horizon],bg[horizon:] = cam.city.wall,cam.city.ground
     for x in range(int(r.integers(0, 40)), WIDTH, int(r.integers(70, 110))):
@@ -340,7 +374,12 @@ def draw_street(bg, cam, r, horizon):
     grain = r.normal(1, .06, (HEIGHT//4, WIDTH//4, 1)).astype(np.float32)
     return (bg*cv2.resize(grain, (WIDTH,HEIGHT))[...,None]).clip(0, 255).astype(np.uint8)
 
-def draw_furniture(m, kind, x, y):
+def draw_furniture(
+    m:np.ndarray, # uint8[360,640] mask, painted on
+    kind:str, # lamp, bin, bench or bush
+    x:int, # Where it stands
+    y:int, # Row of its foot
+):
     "Draw a lamp post, bin, bench or bush, standing at (x, y), into the mask `m`."
     if kind == 'lamp': cv2.rectangle(m, (x-5, 0), (x+5, y), 1, -1)
     if kind == 'bin': cv2.rectangle(m, (x-20, y-58), (x+20, y), 1, -1)
@@ -369,7 +408,9 @@ def draw_scene(
 
 # %% ../../nbs/parts/02_toy_city.ipynb #81083c15
 @lru_cache
-def camera_optics(cam):
+def camera_optics(
+    cam:Camera, # The camera
+):
     "Make light map, lookup table and a large field of noise of a camera."
     light = np.linspace(1-cam.sun/3, 1+cam.sun/3, WIDTH, dtype=np.float32)
     lut = [255*((np.arange(256)/255)**cam.gamma*g) for g in cam.cast]
@@ -437,7 +478,7 @@ def paste_sprite(
     mark:int, # What to write there
     sprite:np.ndarray, # uint8[h,w,4], as from `draw_person`
     x:float, # Where the feet stand
-    y:float,
+    y:float, # Their row
 )->tuple: # (box, number of its pixels, seen or not), or None where nothing of it is in the frame
     "Paint a sprite into a frame."
     h,w = sprite.shape[:2]
@@ -556,7 +597,10 @@ def film_video(
         with atomic_write(Path(root)/folder/f'{cam.stem}.pkl', 'wb') as f: pickle.dump(dets, f)
 
 # %% ../../nbs/parts/02_toy_city.ipynb #87d2762b
-def cut_box(frame, box):
+def cut_box(
+    frame:np.ndarray, # uint8[360,640,3]
+    box, # x1,y1,x2,y2 in pixels; may reach past the frame
+):
     "Cut the part of `frame` that is in `box` and resize it to 128 x 64 pixels."
     x1,y1,x2,y2 = (int(round(float(v))) for v in box)
     im = frame[max(0,y1):max(0,y2), max(0,x1):max(0,x2)]
@@ -610,14 +654,27 @@ def write_crops(
             for n,(i,k,im) in enumerate(xs): write_image(Path(root)/folder/name(pid, c, i, k, n), im)
 
 # %% ../../nbs/parts/02_toy_city.ipynb #9a6ae553
-def market_name(pid, c, i, k, n):
+def market_name(
+    pid:int, # Identity
+    c:int, # Camera
+    i:int, # Frame
+    k:int, # Box in the frame
+    n:int, # Number from 0 among the crops of this person and camera
+):
     "Make a file name of Market-1501."
     return f"{'-1' if pid < 0 else f'{pid:04d}'}_c{c}s1_{i:06d}_{k:02d}.jpg"
 
-def cuhk_name(pid, c, i, k, n):
+def cuhk_name(
+    pid:int, # Identity
+    c:int, # Camera
+    i:int, # Frame
+    k:int, # Box in the frame
+    n:int, # Number from 0 among the crops of this person and camera
+):
     "Make a file name of CUHK03-NP."
     return f'{pid:04d}_c{c}_{n+1}.png'
 
+# %% ../../nbs/parts/02_toy_city.ipynb #50a387ce
 def write_labelled(
     root, # Folder to fill with bounding_box_train, query and bounding_box_test
     cams:list, # Cameras
@@ -658,9 +715,9 @@ def film_clip(
 def list_work(
     root:Path, # Folder of the toy city
     seed:int, # Of the city
-    n_street:int, # As for `build_toy`, as are `n_train` and `n_test`
-    n_train:int,
-    n_test:int,
+    n_street:int, # People in Porto's videos
+    n_train:int, # Labelled people to train on, in each city
+    n_test:int, # Other labelled people to test on, in each city
 ): # Yields (label, function)
     "List the independent pieces of work."
     n = n_street+n_train+n_test

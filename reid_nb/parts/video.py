@@ -85,7 +85,11 @@ def display_matrix(
     a, b, _, c, d = struct.unpack_from('=5i', side)
     return a, b, c, d
 
-def is_turned(matrix): return abs(matrix[1]) + abs(matrix[2]) > abs(matrix[0]) + abs(matrix[3])
+def is_turned(
+    matrix:tuple, # From `display_matrix`
+)->bool:
+    "Tell whether width and height are exchanged."
+    return abs(matrix[1]) + abs(matrix[2]) > abs(matrix[0]) + abs(matrix[3])
 
 def orient(
     rgb:np.ndarray, # [H,W,3]
@@ -99,7 +103,11 @@ def orient(
 
 # %% ../../nbs/parts/03_video.ipynb #55632c2e
 @lru_cache(1000)
-def warn_once(text): log.warning(text)
+def warn_once(
+    text:str, # The warning
+):
+    "Log a warning, once for each text."
+    log.warning(text)
 
 def frame_to_rgb(
     frame, # `av.VideoFrame`
@@ -225,7 +233,12 @@ def list_pts(
     return sorted(shown) if [f.pts for f in decode_frames(video, [True]*first)] == due else None
 
 @lru_cache(64)
-def known_pts(video, *state): return list_pts(video) or [f.pts for f in decode_frames(video)]
+def known_pts(
+    video:str, # Path of a video file
+    *state, # Of the file: what is kept holds for this state only
+)->list: # int or None for each frame
+    "List when each frame is shown, by the packets or by decoding."
+    return list_pts(video) or [f.pts for f in decode_frames(video)]
 
 def frame_pts(
     video, # Path of a video file
