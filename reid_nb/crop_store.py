@@ -42,7 +42,7 @@ def pack(
     store, # File to make, or to go on with
     batch:int=1000, # Pictures a transaction
     progress:bool=False, # Show a progress bar?
-)->'CropStore': # Raises `BadInput` (wrong path, other pictures, another packer) and `OSError` (full disk)
+): # A `CropStore`; raises `BadInput` (wrong path, other pictures, another packer) and `OSError` (full disk)
     "Pack crops into one file. Killed at any moment, the same call goes on."
     source = crops if isinstance(crops, Source) else folder_source(crops)
     with hold_store(store):                  # alone: a second packer is refused
