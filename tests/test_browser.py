@@ -162,6 +162,8 @@ def plays(visitor):
     film = visitor.panel.locator('video').last
     film.wait_for()
     visitor.page.wait_for_function('v => v.readyState >= 2 && v.videoWidth > 0', arg=film.element_handle())
+    film.evaluate('v => { v.currentTime = .6*v.duration }')      # where people are, for the screenshot
+    visitor.page.wait_for_function('v => !v.seeking', arg=film.element_handle())
 
 def look_after(v):
     "Rename, merge, undo, erase."
