@@ -133,8 +133,7 @@ def train_step(
     scaler.unscale_(opt)
     if clip: nn.utils.clip_grad_norm_(moco.encoder_q.parameters(), clip)
     scaler.step(opt); scaler.update(); opt.zero_grad()
-    moco.enqueue(gather(k), None if places is None else gather(places))
-    average_statistics(moco.encoder_q)
+    moco.enqueue(gather(k), None if places is None else gather(places)); average_statistics(moco.encoder_q)
     return dict(zip(('loss','accuracy','alike'), means))
 
 # %% ../nbs/03_moco.ipynb #58ce13ed
