@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reid_pretrain', 'contrast', 'MoCo', 'train_step', 'train_encoder', 'pretrain']
 
-# %% ../nbs/03_moco.ipynb #ddde4055
+# %% ../nbs/03_moco.ipynb #36b23235
 import copy, math
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -26,7 +26,7 @@ from reid_nb.parts.pretraining import (
     wrap_network)
 from .parts.training import average_statistics, gather, get_recipe, join_processes, Run, Session
 
-# %% ../nbs/03_moco.ipynb #0052b869
+# %% ../nbs/03_moco.ipynb #ca6dc5ad
 def contrast(
     q, # Queries, float[B,dim], each of length 1
     k, # Their keys, the same
@@ -43,7 +43,7 @@ def contrast(
     loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
     return loss,(logits.argmax(1)==0).float().mean(),alike
 
-# %% ../nbs/03_moco.ipynb #e07d8951
+# %% ../nbs/03_moco.ipynb #c5adb10e
 class MoCo(nn.Module):
     "MoCo v2: two encoders, a queue of keys, one loss."
     def __init__(self,
@@ -109,7 +109,7 @@ class MoCo(nn.Module):
         if places is not None: self.places[i:end] = places
         self.ptr = end%self.K
 
-# %% ../nbs/03_moco.ipynb #c739956a
+# %% ../nbs/03_moco.ipynb #3520e112
 def train_step(
     net, # A `MoCo`, or one wrapped for several processes
     opt, # Optimiser of its `encoder_q`
@@ -137,7 +137,7 @@ def train_step(
     average_statistics(moco.encoder_q)
     return dict(zip(('loss','accuracy','alike'), means))
 
-# %% ../nbs/03_moco.ipynb #e1e72326
+# %% ../nbs/03_moco.ipynb #58ce13ed
 def train_encoder(
     session:Session, # New, of the right settings
     r:MoCoRecipe, # How
@@ -167,7 +167,7 @@ def train_encoder(
     backbone = {f'backbone.{k}': v for k,v in moco.encoder_q.backbone.state_dict().items()}
     session.finish(total, backbone, dict(about, kind='moco'))
 
-# %% ../nbs/03_moco.ipynb #54cc8397
+# %% ../nbs/03_moco.ipynb #21c49b13
 def pretrain(
     store, # LMDB file of crops, from `reid_pack`
     out='moco', # Folder of the result
@@ -191,5 +191,5 @@ def pretrain(
         if not session.finished: train_encoder(session, r, crops, about, bn, validate)
     return session.result
 
-# %% ../nbs/03_moco.ipynb #b110f9bf
+# %% ../nbs/03_moco.ipynb #b6fa1b47
 reid_pretrain = make_command(pretrain, CropStore)

@@ -3,7 +3,7 @@
     REID_SCREENSHOTS=shots python -m pytest -n 0 tests/test_browser.py -k "visit"
     python tests/renew_images.py shots
 
-Each becomes nbs/images/demo_NAME.png, in 256 colours, at most 1,000 pixels wide and below 150 kB."""
+Each becomes nbs/images/demo_NAME.png, in 256 colours, at most 900 pixels wide and below 150 kB."""
 import sys
 from pathlib import Path
 
@@ -16,8 +16,8 @@ SHOTS = dict(verification='verification_true_desktop', enrollment='who_is_meant_
 def renew(shot, image):
     "Make a small picture of a screenshot."
     picture = Image.open(shot).convert('RGB')
-    picture.thumbnail((1000, 2000), Image.Resampling.LANCZOS)
-    picture.quantize(256, dither=Image.Dither.NONE).save(image, optimize=True)
+    picture.thumbnail((900, 2000), Image.Resampling.LANCZOS)
+    picture.quantize(256, dither=Image.Dither.NONE, kmeans=1).save(image, optimize=True)
     size = image.stat().st_size
     if size > MOST: raise SystemExit(f'{image.name}: {size:,} bytes, more than {MOST:,}')
     print(f'{image.name}: {picture.width}x{picture.height}, {size:,} bytes')

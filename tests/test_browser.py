@@ -73,7 +73,8 @@ class Visitor:
         "Wait until the page has all its answers: what comes late would be taken for an answer to what comes next."
         end, quiet = time.monotonic() + 300, 0
         while quiet < 3:
-            self.page.evaluate('() => new Promise(done => requestIdleCallback(done))')    # events of clicks are sent
+            # an idle moment: the events of clicks have been sent
+            self.page.evaluate('() => new Promise(done => requestIdleCallback(done, {timeout: 1000}))')
             self.page.wait_for_timeout(100)
             quiet = 0 if self.asked else quiet + 1
             assert time.monotonic() < end, f'no answer to {[r.url for r in self.asked]}'
@@ -131,6 +132,9 @@ def test_a_visit(browser, site):
     for name, clip in ('Ada', 'ada_c1'), ('Bruno', 'bruno_c1'), ('Chiara', 'chiara_c1'):
         assert f'Completed: {name} is enrolled' in enrol(v, name, clip)
     v.shot('enrollment')
+    assert 'Choose the one who is meant' in enrol(v, 'Elena', 'chiara_elena_c3', 'ask')
+    plays(v)
+    v.shot('who_is_meant')
     v.tab('Verification')
     v.example('ada_c3')
     v.panel.get_by_label('Ada').check()
@@ -158,6 +162,8 @@ def plays(visitor):
     film = visitor.panel.locator('video').last
     film.wait_for()
     visitor.page.wait_for_function('v => v.readyState >= 2 && v.videoWidth > 0', arg=film.element_handle())
+    film.evaluate('v => { v.currentTime = .6*v.duration }')      # where people are, for the screenshot
+    visitor.page.wait_for_function('v => !v.seeking', arg=film.element_handle())
 
 def look_after(v):
     "Rename, merge, undo, erase."

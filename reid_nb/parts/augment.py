@@ -119,12 +119,12 @@ class Augment:
         patch = random_box(self.size, rng, (.02,.6), (.3,3.3)) if erase else None
         return View(box, factors, order, gray, sigma, flip, patch)
 
-# %% ../../nbs/parts/13_augment.ipynb #eff43864
+# %% ../../nbs/parts/13_augment.ipynb #50fa3dff
 AUGMENTS = dict(luperson=dict(erase=.5), moco_v2=dict(jitter=.8), person=dict(jitter=.8, upright=True),
     street=dict(scale=(.25,.8), upright=True, jitter=.8, strength=(.3,.3,.3,.03), gray=0.,
                 blur=.9, sigmas=(.5,4), erase=.5))
 
-# %% ../../nbs/parts/13_augment.ipynb #0f25653e
+# %% ../../nbs/parts/13_augment.ipynb #e1c4808a
 def example_views(
     hw, # Height and width of a crop
     size=(128,64), # Height and width of the views in pixels
@@ -207,7 +207,7 @@ def sample(
     grid = torch.stack([xs[:,None].expand(-1, size[0], -1), ys[:,:,None].expand(-1, -1, size[1])], 3)
     return F.grid_sample(canvas.float(), grid, align_corners=True)
 
-# %% ../../nbs/parts/13_augment.ipynb #14db654c
+# %% ../../nbs/parts/13_augment.ipynb #c93fd7c3
 def blur(
     x, # float32[B,3,h,w]
     sigma, # [B] pixels, above 0
@@ -229,7 +229,7 @@ def tabulate(
                 color=[color_maps(v) for v in views], erase=[v.erase or (0,0,0,0) for v in views])
     return {k: torch.from_numpy(np.array(r, np.float32)) for k,r in rows.items()}
 
-# %% ../../nbs/parts/13_augment.ipynb #b2bd820c
+# %% ../../nbs/parts/13_augment.ipynb #7860773a
 def render_batch(
     canvas, # uint8[B,3,H,W], from `to_canvas`
     params:dict, # From `tabulate`, on the CPU
@@ -315,7 +315,7 @@ def pack_pairs(
     return dict(data=torch.frombuffer(bytearray(b''.join(flat)), dtype=torch.uint8), ends=torch.from_numpy(ends),
                 at=torch.from_numpy(at), params=[tabulate(v) for v in zip(*views)], places=torch.tensor(places))
 
-# %% ../../nbs/parts/13_augment.ipynb #a50e1629
+# %% ../../nbs/parts/13_augment.ipynb #509b39b0
 def render_pairs(
     packed:dict, # From `pack_pairs`
     augment:Augment, # Size and colour for erasing

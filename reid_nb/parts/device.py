@@ -23,7 +23,7 @@ def pick_device(
         why = (str(e).strip() or repr(e)).splitlines()[0]
         raise BadInput(f'device {device!r}: not on this machine ({why}): give cpu or cuda, or leave it out') from None
 
-# %% ../../nbs/parts/10_device.ipynb #7eb713a2
+# %% ../../nbs/parts/10_device.ipynb #0240feb1
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
 def has_bf16(
@@ -34,7 +34,7 @@ def has_bf16(
     known = getattr(torch.cpu, 'get_capabilities', dict)()  # since torch 2.10; what cannot be known is not there
     return bool(known.get('avx512_bf16') or known.get('amx_bf16'))
 
-# %% ../../nbs/parts/10_device.ipynb #8937608e
+# %% ../../nbs/parts/10_device.ipynb #84db65d8
 def pick_precision(
     device, # From `pick_device`
     precision:str=None, # One of `PRECISIONS`; None: bf16 where `device` has it, else fp16 on a GPU and fp32 on a CPU

@@ -6,10 +6,10 @@
 __all__ = ['log', 'BNS', 'OPTIMIZERS', 'DRAWS', 'POSITIVES', 'NEGATIVES', 'MOCO_RANGES', 'SHORT', 'MOCO_RECIPES', 'DIAGRAM',
            'ARROWS', 'projection_head', 'tiny_backbone', 'freeze_statistics', 'shuffled', 'lr_at', 'queue_batches',
            'crops_a_walk', 'MoCoRecipe', 'check_pretraining', 'run_settings', 'view_loader', 'view_batches',
-           'wrap_network', 'warn_of_collapse', 'validate_when_due', 'show_crops', 'plot_neighbours', 'plot_diagram',
-           'make_command']
+           'wrap_network', 'warn_of_collapse', 'validate_when_due', 'show_crops', 'load_backbone', 'embed_held',
+           'nearest', 'count_right', 'plot_neighbours', 'plot_diagram', 'make_command']
 
-# %% ../../nbs/parts/22_pretraining.ipynb #6e2a742f
+# %% ../../nbs/parts/22_pretraining.ipynb #67bd0c20
 import logging, math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,14 +24,14 @@ from .augment import Augment, AUGMENTS, crop_batches, pack_pairs, render_pairs, 
 from .benchmarks import hold_out, read_benchmark
 from .core import BadInput, choose, command, parse_size, rng_of
 from .device import to_input
-from .models import check_size, OSNETS, RESNETS
+from .models import build_backbone, check_size, OSNETS, RESNETS
 from .training import (
     change_recipe, check_fields, gather, get_recipe, outcome, prefetch, rank_and_world, Run, Session, validator)
-from .weights import read_image
+from .weights import embed_with, load_checkpoint, pooled, read_image
 
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/parts/22_pretraining.ipynb #77338f85
+# %% ../../nbs/parts/22_pretraining.ipynb #b78d0609
 def projection_head(
     d:int, # Channels of the backbone's map
     dim:int, # Length of the vector
@@ -41,7 +41,7 @@ def projection_head(
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(d, d),
                          nn.BatchNorm1d(d) if norm else nn.Identity(), nn.ReLU(), nn.Linear(d, dim))
 
-# %% ../../nbs/parts/22_pretraining.ipynb #43540bdd
+# %% ../../nbs/parts/22_pretraining.ipynb #f561ed18
 def tiny_backbone(
     w:int=32, # Channels of the first two layers
 )->nn.Sequential: # A map of features, float[B,2*w,h/8,w/8], with `.dim`
@@ -51,10 +51,10 @@ def tiny_backbone(
     net.dim = 2*w
     return net
 
-# %% ../../nbs/parts/22_pretraining.ipynb #05fa34b0
+# %% ../../nbs/parts/22_pretraining.ipynb #027dec2c
 BNS = ['momentum','shuffle','batch','frozen']
 
-# %% ../../nbs/parts/22_pretraining.ipynb #91303fa6
+# %% ../../nbs/parts/22_pretraining.ipynb #de657050
 def freeze_statistics(
     module:nn.Module, # Its layers of batch normalisation use their running statistics from now on
 ):
@@ -62,7 +62,7 @@ def freeze_statistics(
     for layer in module.modules():
         if isinstance(layer, _BatchNorm): layer.eval()
 
-# %% ../../nbs/parts/22_pretraining.ipynb #f88271a5
+# %% ../../nbs/parts/22_pretraining.ipynb #e07274e3
 def shuffled(
     encoder, # Makes keys of this process's share
     seed:int, # The same in all processes, another one each step
@@ -75,7 +75,7 @@ def shuffled(
         return k[order.argsort().view(world,-1)[rank]]
     return encode
 
-# %% ../../nbs/parts/22_pretraining.ipynb #fdaf8dbe
+# %% ../../nbs/parts/22_pretraining.ipynb #1e9fbc51
 def lr_at(
     step:int, # From 0
     total:int, # Steps really planned
@@ -88,7 +88,7 @@ def lr_at(
     if step<up: return peak*(step+1)/up
     return peak*(1+math.cos(math.pi*(step-up)/max(1,total-up)))/2
 
-# %% ../../nbs/parts/22_pretraining.ipynb #f8957283
+# %% ../../nbs/parts/22_pretraining.ipynb #5093bcee
 def queue_batches(
     n:int, # Crops in the store
     batch:int, # Crops a step
@@ -103,7 +103,7 @@ def queue_batches(
     if queue>256: log.warning('warning: the oldest keys are %d steps stale', queue)
     return queue
 
-# %% ../../nbs/parts/22_pretraining.ipynb #59f8e5f9
+# %% ../../nbs/parts/22_pretraining.ipynb #0d76148a
 def crops_a_walk(
     tracks, # int[n], from `CropStore.tracks`; -1 where there is none
 )->float: # 1 where there are no tracks
@@ -111,7 +111,7 @@ def crops_a_walk(
     counts = np.bincount(tracks[tracks>=0])
     return counts[counts>0].mean().item() if len(counts) else 1.
 
-# %% ../../nbs/parts/22_pretraining.ipynb #eb2904ae
+# %% ../../nbs/parts/22_pretraining.ipynb #98b7f331
 OPTIMIZERS = dict(sgd=partial(torch.optim.SGD, lr=0, momentum=.9, weight_decay=1e-4),
                   adamw=partial(torch.optim.AdamW, lr=0, weight_decay=1e-4))
 DRAWS = 'fast','device'
@@ -121,7 +121,7 @@ MOCO_RANGES = dict(
     negatives=NEGATIVES, lr=(0,1e30), optimizer=OPTIMIZERS, queue=(1,2**14), m=(0,1), tau=(1e-3,100), bn=BNS,
     clip=(1e-9,1e9), accumulate=(1,2**16), draw=[*DRAWS])
 
-# %% ../../nbs/parts/22_pretraining.ipynb #18017224
+# %% ../../nbs/parts/22_pretraining.ipynb #c3232989
 @dataclass(frozen=True)
 class MoCoRecipe:
     "How to pre-train; the defaults are MoCo v2's (Chen 2020) with the views of LUPerson (Fu 2021)."
@@ -145,12 +145,12 @@ class MoCoRecipe:
 
     def __post_init__(self): check_fields(self, MOCO_RANGES)
 
-# %% ../../nbs/parts/22_pretraining.ipynb #25fce14b
+# %% ../../nbs/parts/22_pretraining.ipynb #fd32bfba
 SHORT = MoCoRecipe(augment='person', optimizer='adamw', lr=.004, m=.99)
 MOCO_RECIPES = dict(v2=MoCoRecipe(), short=SHORT,
                     street=replace(SHORT, augment='street', negatives='video', queue=4))
 
-# %% ../../nbs/parts/22_pretraining.ipynb #cddf5934
+# %% ../../nbs/parts/22_pretraining.ipynb #cec7ec06
 def check_pretraining(
     r:MoCoRecipe, # What is asked for
     bn:str, # One of `BNS`
@@ -170,7 +170,7 @@ def check_pretraining(
     check_size(r.arch, parse_size(r.size))
     if not min(std)>0: raise BadInput('the crops of the store are all of the same colour: nothing to learn from')
 
-# %% ../../nbs/parts/22_pretraining.ipynb #32fbe991
+# %% ../../nbs/parts/22_pretraining.ipynb #eead4523
 def run_settings(
     r:MoCoRecipe, # How
     about:dict, # What the result says of itself
@@ -181,7 +181,7 @@ def run_settings(
     for name in ('draw','compile'): del settings[name]  # another machine may do that otherwise
     return settings
 
-# %% ../../nbs/parts/22_pretraining.ipynb #a094b9bb
+# %% ../../nbs/parts/22_pretraining.ipynb #bfc0a8de
 def view_loader(
     crops, # A `CropDataset`: where to take them from
     views:Augment, # The odds
@@ -204,7 +204,7 @@ def view_loader(
     return torch.utils.data.DataLoader(pairs, batch_sampler=batches, num_workers=workers,
                                        collate_fn=collate, pin_memory=torch.cuda.is_available())
 
-# %% ../../nbs/parts/22_pretraining.ipynb #f4689229
+# %% ../../nbs/parts/22_pretraining.ipynb #736d663f
 def view_batches(
     crops, # A `CropDataset`
     r:MoCoRecipe, # How to draw the views
@@ -225,7 +225,7 @@ def view_batches(
         return *[to_input(x[:,i], mean, std, device) for i in (0,1)],places
     return prefetch(loader, prepare, device)
 
-# %% ../../nbs/parts/22_pretraining.ipynb #77327699
+# %% ../../nbs/parts/22_pretraining.ipynb #e6f0b6d8
 def wrap_network(
     moco:nn.Module, # With `encoder_q` and `encoder_k`
     compile:bool=False, # Let PyTorch compile the encoders?
@@ -235,7 +235,7 @@ def wrap_network(
     if rank_and_world()[1]==1: return moco
     return nn.parallel.DistributedDataParallel(moco, broadcast_buffers=False)
 
-# %% ../../nbs/parts/22_pretraining.ipynb #0c2acb7e
+# %% ../../nbs/parts/22_pretraining.ipynb #84a11234
 def warn_of_collapse(
     session:Session, # Its history has `alike`
     most:float=.98, # Above this it is called a collapse
@@ -247,7 +247,7 @@ def warn_of_collapse(
     log.warning('warning: collapse at step %d: all crops get nearly the same feature (mean cosine %.3f): '
                 'lower lr, or give a longer queue', session.step+1, alike[0])
 
-# %% ../../nbs/parts/22_pretraining.ipynb #e7ed2a25
+# %% ../../nbs/parts/22_pretraining.ipynb #68885d7d
 def validate_when_due(
     session:Session, # In a step
     moco:nn.Module, # With `encoder_q.backbone`
@@ -261,7 +261,7 @@ def validate_when_due(
     if session.rank==0: session.record_now(**validate(moco.encoder_q.backbone.eval()))
     moco.train()
 
-# %% ../../nbs/parts/22_pretraining.ipynb #3e74f2ce
+# %% ../../nbs/parts/22_pretraining.ipynb #8ed5dc43
 def show_crops(
     images:list, # uint8[h,w,3] RGB each
     over=(), # Words above them
@@ -269,33 +269,75 @@ def show_crops(
 ):
     "Show pictures in a row, with words."
     import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(1, len(images), figsize=(.84*len(images),2.1), layout='constrained', squeeze=False)
+    fig,axs = plt.subplots(1, len(images), figsize=(.8*len(images),2), dpi=60, layout='constrained',
+                           squeeze=False)
     for ax,image in zip(axs[0], images): ax.imshow(image); ax.set(xticks=[], yticks=[])
-    for ax,word in zip(axs[0], over): ax.set_title(word, fontsize=8)
-    for ax,word in zip(axs[0], under): ax.set_xlabel(word, fontsize=8)
+    for ax,word in zip(axs[0], over): ax.set_title(word, fontsize=10)
+    for ax,word in zip(axs[0], under): ax.set_xlabel(word, fontsize=10)
 
-# %% ../../nbs/parts/22_pretraining.ipynb #d566f713
+# %% ../../nbs/parts/22_pretraining.ipynb #9fcba493
+def load_backbone(
+    path, # A result of `pretrain`
+)->nn.Module: # In evaluation mode
+    "Load the backbone of a pre-training."
+    tensors,meta = load_checkpoint(path)
+    net = build_backbone(meta['arch']).eval()
+    net.load_state_dict({k.removeprefix('backbone.'): v for k,v in tensors.items()})
+    return net
+
+# %% ../../nbs/parts/22_pretraining.ipynb #2e8a777b
+def embed_held(
+    held, # A `Benchmark`: people held out
+    net:nn.Module, # A backbone
+    **about, # size, mean and std of its input
+)->list: # Features of query and of gallery
+    "Compute features of people held out."
+    look = partial(embed_with, pooled(net), device=next(net.parameters()).device, **about)
+    return [look([s.path for s in part]) for part in (held.query, held.gallery)]
+
+# %% ../../nbs/parts/22_pretraining.ipynb #d20853ad
+def nearest(
+    held, # A `Benchmark`: people held out
+    qf, # Features of its query, float[q,D], rows of length 1
+    gf, # Features of its gallery, float[g,D]
+    i:int, # Which query
+    n:int=6, # How many
+)->list: # Of samples, all from other cameras
+    "Find the nearest pictures of a query."
+    order = (-gf@qf[i]).argsort(kind='stable')
+    return [held.gallery[j] for j in order if held.gallery[j].camid!=held.query[i].camid][:n]
+
+# %% ../../nbs/parts/22_pretraining.ipynb #9406e98b
+def count_right(
+    held, # As for `nearest`, as are `qf`, `gf` and `n`
+    qf, # float[q,D]
+    gf, # float[g,D]
+    n:int=6, # How many neighbours
+)->np.ndarray: # int[q]: of the n nearest from other cameras
+    "Count the neighbours of each query that show its person."
+    return np.array([sum(s.pid==q.pid for s in nearest(held, qf, gf, i, n)) for i,q in enumerate(held.query)])
+
+# %% ../../nbs/parts/22_pretraining.ipynb #4ff4b89a
 def plot_neighbours(
     held, # A `Benchmark`: people held out
-    found:dict, # {name of a network: features of query, of gallery}, rows of length 1
+    found:dict, # {name of a network: features of query, of gallery}, as for `nearest`
     queries, # Which of its queries
-    n:int=6, # Neighbours, all from other cameras
+    n:int=6, # Neighbours
 ):
     "Show nearest neighbours: the same person in a solid frame and with a tick, others dotted and with a cross."
     import matplotlib.pyplot as plt
     rows = [(i,name) for i in queries for name in found]
-    fig,axs = plt.subplots(len(rows), n+1, figsize=(6,1.75*len(rows)), dpi=60, layout='constrained')
+    fig,axs = plt.subplots(len(rows), n+1, figsize=(4,1.2*len(rows)), dpi=60, layout='constrained')
     for row,(i,name) in zip(axs, rows):
-        q,(qf,gf) = held.query[i],found[name]
-        near = [held.gallery[j] for j in (-gf@qf[i]).argsort(kind='stable') if held.gallery[j].camid!=q.camid]
+        q = held.query[i]
         row[0].set_ylabel(name)
-        for ax,s in zip(row, [q, *near]):
+        for ax,s in zip(row, [q, *nearest(held, *found[name], i, n)]):
             same = s.pid==q.pid
             ax.imshow(read_image(s.path, (128,64))); ax.set(xticks=[], yticks=[])
             ax.set_title('query' if s is q else '✓' if same else '✗')
             plt.setp(ax.spines.values(), lw=2.5, ls='-' if same else ':')
 
-# %% ../../nbs/parts/22_pretraining.ipynb #f9213105
+# %% ../../nbs/parts/22_pretraining.ipynb #0ffa52cd
 DIAGRAM = dict(crop=(0,1.5,'crop'), view_q=(1.9,2.5,'view 1'), view_k=(1.9,.5,'view 2'),
                encoder_q=(4.1,2.5,'encoder_q\nlearns by gradient'), encoder_k=(4.1,.5,'encoder_k\nfollows slowly'),
                loss=(7.1,2.5,'loss\nwhich key is mine?'), queue=(9.6,.5,'queue\nkeys of earlier crops'))
@@ -303,7 +345,7 @@ ARROWS = [('crop','view_q',''), ('crop','view_k',''), ('view_q','encoder_q',''),
           ('encoder_q','loss','query $q$'), ('encoder_k','loss','key $k_+$'), ('queue','loss','keys $k_1$ … $k_K$'),
           ('encoder_k','queue','newest in, oldest out'), ('encoder_q','encoder_k','momentum $m$')]
 
-# %% ../../nbs/parts/22_pretraining.ipynb #b3967544
+# %% ../../nbs/parts/22_pretraining.ipynb #e3054463
 def plot_diagram():
     "Draw MoCo: two views, two encoders, the queue, the loss."
     import matplotlib.pyplot as plt
@@ -324,7 +366,7 @@ def plot_diagram():
     ax.text(5.6, 3.4, 'gradient', fontsize=8, ha='center')
     return ax
 
-# %% ../../nbs/parts/22_pretraining.ipynb #3626d20c
+# %% ../../nbs/parts/22_pretraining.ipynb #606df2f4
 def make_command(
     pretrain, # Function of store, folder, recipe, `Run`, cities and a function that validates; gives a path
     open_store, # Function of a path; what it gives has `mean` and `std`
