@@ -67,7 +67,8 @@ def cut_crops(d:Path)->dict:
 # %% ../nbs/07_quickstart.ipynb #971ade6f
 def pack_crops(d:Path)->dict:
     "Pack the crops into one file, and draw some of them."
-    from reid_nb.crop_store import pack, sample_sheet
+    from reid_nb.crop_store import pack
+    from reid_nb.parts.packing import sample_sheet
     store = pack(d/'crops', d/'crops.lmdb', progress=True)
     write_image(d/'figures'/'crops.png', sample_sheet(store, n=24, columns=12))
     return dict(crops=len(store), bytes=(d/'crops.lmdb').stat().st_size, digest=store.digest)
