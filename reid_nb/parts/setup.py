@@ -52,9 +52,10 @@ def start(
     drive:bool=False, # Full mode: keep everything in Google Drive? Only on Colab
 )->Setup: # Where its data is, where it writes. Raises `BadInput` for an unknown mode, and for Drive outside Colab
     "Set up a lesson: find its folders, and say where it runs and for how long."
-    if choose(['toy', 'full'], mode, 'mode') == 'toy': at = Setup(build_toy('_run/toy', progress=True), Path('_run')/lesson)
+    toy = choose(['toy', 'full'], mode, 'mode') == 'toy'
+    if toy: at = Setup(build_toy('_run/toy', progress=True), Path('_run')/lesson)
     else: at = Setup(full_root(drive), full_root(drive))
     at.out.mkdir(parents=True, exist_ok=True)
-    time = f'about {MINUTES[lesson]} min on two CPU cores' if mode == 'toy' else 'as long as your data takes'
+    time = f'about {MINUTES[lesson]} min on two CPU cores' if toy else 'as long as your data takes'
     print(f'{lesson}: data in {at.data}, results in {at.out}; {describe_device()}; {time}')
     return at
