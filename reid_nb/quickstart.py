@@ -9,7 +9,7 @@ __all__ = ['THOROUGH_PLAN', 'SMALL_PLAN', 'ENROLLED', 'QUESTIONS', 'reid_quickst
            'walk_and_report', 'quickstart']
 
 # %% ../nbs/07_quickstart.ipynb #6a136b47
-import functools, json, time
+import functools, io, json, time
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,7 +102,7 @@ def finetune_from(d:Path, plan:Plan, seed:int, first:str, name:str)->str:
     "Fine-tune from some first weights, or from nothing; returns the checkpoint, below `d`."
     from reid_nb.finetune import finetune
     from reid_nb.parts.training import Run
-    with redirect_stdout(None):  # that all weights arrive, part Weights shows
+    with redirect_stdout(io.StringIO()):  # that all weights arrive, part Weights shows
         ckpt = finetune(d/'toy'/'market', 'bot', first and d/first, d/name, run=Run(seed=seed),
                         arch=plan.arch, epochs=plan.finetune_epochs, size=plan.size)
     return str(ckpt.relative_to(d))

@@ -38,7 +38,6 @@ def names_in(source):
     source = '\n'.join('pass' if line.startswith(('%', '!')) else line for line in source.splitlines())
     tables = [symtable.symtable(source, 'cell', 'exec')]
     gives, takes = {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported()}, set()
-    if '@patch' in source: gives |= {*re.findall(r'\(self:(\w+)', source)}     # a method more for a class
     while tables:
         table = tables.pop()
         tables += table.get_children()
