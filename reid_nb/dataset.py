@@ -23,8 +23,8 @@ from .parts.video import read_frames
 
 # %% ../nbs/01_dataset.ipynb #205b7d38
 Cut = namedtuple('Cut', 'name pid box why rgb beyond')
-Cut.__doc__ = """What became of a box: the crop's name, its track, x1,y1,x2,y2 inside the frame, ''
-or why it is dropped, the picture (a view of the frame) or None, does it reach past the frame?"""
+Cut.__doc__ = """What became of a box: the crop's name, its tracklet, x1,y1,x2,y2 inside the frame, why it is
+dropped ('' where it is not), the picture (a view of the frame) or None, does the box reach past the frame?"""
 
 # %% ../nbs/01_dataset.ipynb #4f6f3cd2
 def cut_people(
