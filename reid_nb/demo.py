@@ -9,7 +9,6 @@ __all__ = ['reid_demo', 'show_outcome', 'VerifyBackend', 'EnrollBackend', 'DemoB
 import sys
 from pathlib import Path
 
-
 from .biometrics import enroll, evidence, explain, identify, same_person, SeveralPeople
 from .parts.core import BadInput, command
 from .parts.door import read_login, serve_demo
