@@ -294,6 +294,15 @@ def test_a_run_of_bot_checks_stops_the_job(run, site, tmp_path):
 def census_rows(dest):
     with sqlite3.connect(dest/'census.sqlite') as db: return db.execute('SELECT * FROM videos ORDER BY name').fetchall()
 
+def test_a_video_that_was_fetched_whole_before_the_kill_is_taken(site, tmp_path):
+    "Killed after the last byte, before the video is moved to its place."
+    site.files['xx+yy+video000000.mp4'] = film(tmp_path/'0.mp4', 20).read_bytes()
+    there = tmp_path/'videos'/'.part'/'xx+yy+video000000.mp4'
+    there.parent.mkdir(parents=True)
+    there.write_bytes(site.files[there.name])
+    download.download(listed(tmp_path/'l.txt', [there.stem]), tmp_path/'videos', site.url, pause=0)
+    assert states_of(tmp_path/'videos') == {there.stem: 'done'} and (tmp_path/'videos'/'xx'/'yy'/there.name).is_file()
+
 @pytest.mark.long
 def test_download_killed_ten_times_is_that_of_an_uninterrupted_run(site, tmp_path):
     stems = [f'xx+yy+video{i:06d}' for i in range(10)]

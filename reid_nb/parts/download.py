@@ -192,7 +192,7 @@ def make_download_hook(
     since, before = time.monotonic(), 0
     def watch(now):
         nonlocal since, before
-        n, t = now['downloaded_bytes'], time.monotonic() - since
+        n, t = now.get('downloaded_bytes', 0), time.monotonic() - since   # not told of a file that is here whole
         if stop and stop.is_set(): raise DownloadStopped
         if max(n, now.get('total_bytes') or 0) > MAX_BYTES: raise TooLarge
         if t > window:
