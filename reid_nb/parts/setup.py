@@ -35,8 +35,8 @@ def full_root(
     return Path('/content/drive/MyDrive/reid_nb')
 
 # %% ../../nbs/parts/18_setup.ipynb #45b755f3
-MINUTES = {'00_start': 1, '01_dataset': 1, '02_lmdb': 1, '03_moco': 3, '04_finetune': 4, '05_evaluate': 2,
-           '06_biometrics': 1, '07_quickstart': 2, '08_demo': 1}
+MINUTES = {'00_start': 2, '01_dataset': 1, '02_lmdb': 1, '03_moco': 2, '04_finetune': 2, '05_evaluate': 2,
+           '06_biometrics': 3, '07_quickstart': 1, '08_demo': 2}
 
 # %% ../../nbs/parts/18_setup.ipynb #e6233ea9
 def describe_device()->str: # Device, its name, precision
