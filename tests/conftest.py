@@ -15,7 +15,7 @@ DATA = Path(os.environ.get('REID_DATA', ROOT.parent/'shared'/'data'))
 def pytest_configure(config):
     config.addinivalue_line('markers', 'long: takes more than about 20 seconds on two cores')
 
-ONE_NETWORK = 'test_browser', 'test_jupyter'   # train it in one folder
+ONE_NETWORK = '06_biometrics', '08_demo', 'test_browser', 'test_jupyter'   # train it in one folder
 FIRST = ('02_toy_city', '06_biometrics', '04_finetune', 'test_dataset', '05_evaluate', '03_moco', 'test_quickstart',
          '15_tracks', '16_gallery')
 

@@ -7,7 +7,7 @@ __all__ = ['log', 'BNS', 'OPTIMIZERS', 'DRAWS', 'POSITIVES', 'NEGATIVES', 'MOCO_
            'ARROWS', 'projection_head', 'tiny_backbone', 'freeze_statistics', 'shuffled', 'lr_at', 'queue_batches',
            'crops_a_walk', 'MoCoRecipe', 'check_pretraining', 'run_settings', 'view_loader', 'view_batches',
            'wrap_network', 'warn_of_collapse', 'validate_when_due', 'show_crops', 'load_backbone', 'embed_held',
-           'nearest', 'count_right', 'plot_neighbours', 'plot_diagram', 'make_command']
+           'nearest', 'count_right', 'plot_neighbours', 'plot_diagram']
 
 # %% ../../nbs/parts/22_pretraining.ipynb #67bd0c20
 import logging, math
@@ -16,17 +16,15 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .augment import Augment, AUGMENTS, crop_batches, pack_pairs, render_pairs, ViewPairs
-from .benchmarks import hold_out, read_benchmark
-from .core import BadInput, choose, command, parse_size, rng_of
+from .core import BadInput, choose, parse_size, rng_of
 from .device import to_input
 from .models import build_backbone, check_size, OSNETS, RESNETS
 from .training import (
-    change_recipe, check_fields, gather, get_recipe, outcome, prefetch, rank_and_world, Run, Session, validator)
+    check_fields, gather, prefetch, rank_and_world, Session)
 from .weights import embed_with, load_checkpoint, pooled, read_image
 
 log = logging.getLogger(__name__)
@@ -365,44 +363,3 @@ def plot_diagram():
     ax.annotate('', (4.1,2.92), (7.1,2.92), arrowprops=dict(arrowstyle='->', ls='--', connectionstyle='arc3,rad=.25'))
     ax.text(5.6, 3.4, 'gradient', fontsize=8, ha='center')
     return ax
-
-# %% ../../nbs/parts/22_pretraining.ipynb #606df2f4
-def make_command(
-    pretrain, # Function of store, folder, recipe, `Run`, cities and a function that validates; gives a path
-    open_store, # Function of a path; what it gives has `mean` and `std`
-): # `reid_pretrain`
-    "Make the command of a function that pre-trains."
-    @command
-    def reid_pretrain(
-        store:str, # LMDB file of crops, from reid_pack
-        out:str='moco', # Folder of the result
-        recipe:str='v2', # v2, short (a few hundred steps) or street (a few fixed cameras)
-        change:str='', # What to change in the recipe, as 'lr=.01 queue=8'; lesson 03 names its fields
-        arch:str=None, # resnet10_x0_5, resnet10, resnet18, resnet50 (also with _ibn), osnet_x0_25 ...; default resnet10
-        epochs:int=None, # Passes over the store; the schedule is planned for them; default the recipe's, 20
-        batch:int=None, # Crops a step, of all processes together; default the recipe's, 64
-        size:str=None, # Height and width of the views in pixels; default the recipe's, 128x64
-        minutes:float=None, # Stop this session after so long; the same command goes on
-        steps:int=None, # Stop this session after so many steps; the same command goes on
-        save_every:float=120, # Seconds between checkpoints
-        seed:int=0, # Of weights, order and views
-        precision:str=None, # fp32, bf16 or fp16; default bf16 where the machine has it, else fp16 on GPU, fp32 on CPU
-        cities:str=None, # Only these, as country/city, separated by commas
-        validate:str=None, # Market-style folder: some people of its training part are for validation
-        validate_every:int=1, # Epochs between validations
-        workers:int=None, # Loader processes; 0: none, if shared memory is small; default one a core on a GPU, else none
-    ):
-        "Pre-train an encoder on a store of unlabelled crops (MoCo v2); stops and goes on at any time."
-        given = dict(arch=arch, epochs=epochs, batch=batch, size=parse_size(size) if size else None)
-        r = replace(change_recipe(get_recipe(MOCO_RECIPES, recipe), change),
-                    **{k: v for k,v in given.items() if v is not None})
-        run = Run(minutes, steps, save_every, seed, None, precision, workers, validate_every)
-        check = None
-        if validate:
-            held,opened = hold_out(read_benchmark('market_folder', validate))[1],open_store(store)
-            check = validator(held, r.size, opened.mean.tolist(), opened.std.tolist())
-        try: path = pretrain(store, out, r, run, cities.split(',') if cities else None, check)
-        finally:
-            if dist.is_initialized(): dist.destroy_process_group()
-        if rank_and_world()[0]==0: print(outcome(path))
-    return reid_pretrain
