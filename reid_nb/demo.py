@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .biometrics import enroll, evidence, explain, identify, same_person, SeveralPeople
 from .parts.core import BadInput, command
-from .parts.door import read_login, serve_demo
+from .parts.serve import read_login, serve_demo
 from reid_nb.parts.page import (
     answer_box, ask_who, captioned_crops, check_range, clear_query, clip_inputs, confine, connect_buttons, CONSENT,
     answer_column, fill_on_opening, EditingBackend, gallery_tab, gr, heading, identification_tab, no_progress,

@@ -11,7 +11,7 @@ from conftest import ROOT
 from playwright.sync_api import expect, sync_playwright
 
 from reid_nb import demo
-from reid_nb.parts import door as door_
+from reid_nb.parts import serve as serve_
 from reid_nb.parts import page as page_
 from reid_nb.parts import tracks as people
 from reid_nb.biometrics import enroll
@@ -42,7 +42,7 @@ def network(toy):
 def site(network, toy, tmp_path):
     "The running demo, with nobody enrolled: (its address, the gallery's folder)"
     app = demo.build_demo(tmp_path/'gallery', network, examples=toy/'clips')
-    _, url, _ = door_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
+    _, url, _ = serve_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
     yield url, tmp_path/'gallery'
     app.close()
 
@@ -367,8 +367,8 @@ def test_keyboard_and_labels(browser, site):
 def test_who_has_no_password_stays_outside(browser, network, tmp_path):
     (tmp_path/'login').write_text('ada:count:ess\n')
     app = demo.build_demo(tmp_path/'gallery', network)
-    login = door_.read_login(tmp_path/'login')
-    _, url, _ = door_.serve_demo(app, login=login, prevent_thread_lock=True, quiet=True, inline=False)
+    login = serve_.read_login(tmp_path/'login')
+    _, url, _ = serve_.serve_demo(app, login=login, prevent_thread_lock=True, quiet=True, inline=False)
     page = browser.new_page()
     page.goto(url)
     def enter(password):

@@ -20,7 +20,7 @@ from reid_nb import biometrics as bio
 from reid_nb.parts import gallery as gal
 from reid_nb.parts import tracks as ppl
 from reid_nb import demo
-from reid_nb.parts import door as door_
+from reid_nb.parts import serve as serve_
 from reid_nb.parts import page as page_
 from reid_nb.parts.core import BadInput
 from reid_nb.parts.tracks import frame_times
@@ -161,7 +161,7 @@ def test_another_models_gallery_is_refused(known, tmp_path):
 @pytest.fixture
 def client(tmp_path):
     app = demo.build_demo(tmp_path/'root'/'gallery', MATCHER)
-    _, url, public = door_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
+    _, url, public = serve_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
     assert url.startswith('http://127.0.0.1:') and not public
     yield Client(url, verbose=False)
     app.close()

@@ -11,8 +11,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from test_biometrics import MATCHER
 from reid_nb import demo
-from reid_nb.parts import door as door_
-door_.serve_demo(demo.build_demo(sys.argv[2], MATCHER), int(sys.argv[3]), quiet=True)
+from reid_nb.parts import serve as serve_
+serve_.serve_demo(demo.build_demo(sys.argv[2], MATCHER), int(sys.argv[3]), quiet=True)
 """
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from test_demo import images, kind
 from reid_nb import biometrics as bio
 from reid_nb.parts import film as film_
 from reid_nb import demo
-from reid_nb.parts import door as door_
+from reid_nb.parts import serve as serve_
 from reid_nb.parts import page as page_
 from reid_nb.parts.core import BadInput
 from reid_nb.parts.tracks import find_tracks, frame_times
@@ -199,9 +199,9 @@ def test_films_do_not_pile_up(backend, clip):
 def test_others_need_a_login(tmp_path):
     app = demo.build_demo(tmp_path/'gallery', MATCHER)
     for kw in dict(host='0.0.0.0'), dict(share=True), dict(host='example.org'):
-        with pytest.raises(BadInput, match='--login'): door_.serve_demo(app, **kw)
+        with pytest.raises(BadInput, match='--login'): serve_.serve_demo(app, **kw)
 
 @pytest.mark.parametrize('text', ['', 'ada', 'ada:', ':secret', 'ada:x\nbob', None])
 def test_login_files_that_make_no_sense(tmp_path, text):
     if text is not None: (tmp_path/'login').write_text(text)
-    with pytest.raises(BadInput, match='login'): door_.read_login(tmp_path/'login')
+    with pytest.raises(BadInput, match='login'): serve_.read_login(tmp_path/'login')

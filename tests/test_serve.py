@@ -16,7 +16,7 @@ from test_biometrics import MATCHER, template
 from test_browser import browser  # noqa: F401
 
 from reid_nb import demo
-from reid_nb.parts import door as door_
+from reid_nb.parts import serve as serve_
 from reid_nb.parts import page as page_
 from reid_nb.parts.core import BadInput
 from reid_nb.parts.gallery import Gallery
@@ -26,10 +26,10 @@ EVIL = 'evil.example'
 @pytest.fixture(scope='module')
 def page(tmp_path_factory):
     "The running demo with Ada enrolled: its port"
-    root = tmp_path_factory.mktemp('door')/'gallery'
+    root = tmp_path_factory.mktemp('serve')/'gallery'
     Gallery(root, MATCHER, create=True).add('Ada', template())
     app = demo.build_demo(root, MATCHER)
-    _, url, _ = door_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False, names=['reid.example.org'])
+    _, url, _ = serve_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False, names=['reid.example.org'])
     yield int(url.rstrip('/').rsplit(':', 1)[1])
     app.close()
 
@@ -76,14 +76,14 @@ def test_other_pages_may_ask_nothing(page, origin):
 
 @given(st.text(), st.one_of(st.none(), st.text()))
 def test_any_header_is_answered(host, origin):
-    door = door_.OwnPagesOnly(None, set)
-    why = door.refuse(dict(host=host) | (dict(origin=origin) if origin is not None else {}))
-    assert why or door_.host_of(host) in ('127.0.0.1', 'localhost', '::1')
+    own = serve_.OwnPagesOnly(None, set)
+    why = own.refuse(dict(host=host) | (dict(origin=origin) if origin is not None else {}))
+    assert why or serve_.host_of(host) in ('127.0.0.1', 'localhost', '::1')
     assert '\n' not in why
 
 def test_every_number_of_a_machine_that_listens_everywhere():
-    door = door_.OwnPagesOnly(None, lambda: {'box'}, numbers=True)
-    def served(host): return not door.refuse(dict(host=host))
+    own = serve_.OwnPagesOnly(None, lambda: {'box'}, numbers=True)
+    def served(host): return not own.refuse(dict(host=host))
     assert all(map(served, ['192.168.1.5:7860', '[fe80::1]:7860', 'box', 'localhost']))
     assert not any(map(served, [EVIL, '1.2.3.4.example', 'fe80.example', '']))
 
@@ -200,7 +200,7 @@ def test_launching_never_ends_in_a_traceback(monkeypatch, tmp_path):
     def no(*args, **kw): raise ValueError('When localhost is not\naccessible')
     monkeypatch.setattr(app, 'launch', no)
     with pytest.raises(BadInput, match='cannot be started: ValueError: When localhost is not accessible'):
-        door_.serve_demo(app)
+        serve_.serve_demo(app)
 
 # --- what was swept away, and what nobody foresaw
 
