@@ -128,6 +128,8 @@ FAULTS = [
      'tests/test_dataset.py -k boxes'),
     ('parts/core', "bgr = np.ascontiguousarray(rgb[..., ::-1])", 'bgr = np.ascontiguousarray(rgb)',
      WIRING + ' -k red'),
+    ('parts/download', "now.get('downloaded_bytes', 0)", "now['downloaded_bytes']",
+     'tests/test_dataset.py -k fetched_whole'),
     ('parts/download', 'if bots == 3: raise', 'if bots == 30: raise', 'tests/test_dataset.py -k bot'),
     ('parts/align', "cols['frame'] + fit.offset", "cols['frame'] - fit.offset", WIRING + ' -k alignment'),
     ('parts/align',
