@@ -13,10 +13,12 @@ import shutil
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbformat.v4.rwbase import split_lines
 
 NBS = Path(__file__).resolve().parent.parent/'nbs'
 NUMBER = re.compile(r'[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?')
@@ -96,8 +98,8 @@ def differences(saved, fresh):
     return found
 
 def save(name, nb):
-    "Write a notebook in nbdev's own form."
-    text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+    "Write a notebook in nbdev's own form, a line of it on a line."
+    text = json.dumps(split_lines(deepcopy(nb)), indent=1, ensure_ascii=False, sort_keys=True) + '\n'
     (NBS/f'{name}.ipynb').write_text(text, encoding='utf-8')
 
 def main():

@@ -51,6 +51,7 @@ def narrow(
     for m in net.modules():
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 
+# %% ../../nbs/parts/11_models.ipynb #7170b960
 def resnet(
     arch, # One of `RESNETS`
 )->tuple: # [(name, module)], channels
