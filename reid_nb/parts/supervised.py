@@ -273,7 +273,10 @@ def settle_recipe(
     unlabelled = bool(init) and (origin.get('kind')=='moco' or rec.stats=='luperson')
     rec = replace(rec, size=size, extra_bn=rec.extra_bn and unlabelled)
     if init: fit_weights(build_backbone(arch), tensors, init, partial)
-    return rec,dict(arch=arch, size=size, mean=mean, std=std)
+    about = dict(arch=arch, size=size, mean=mean, std=std)
+    stem = origin.get('backbone', {}).get('stem', 'padded')   # weights that came from fast-reid stay what they are
+    if stem!='padded': about['backbone'] = dict(stem=stem, last_stride=1)
+    return rec,about
 
 # %% ../../nbs/parts/23_supervised.ipynb #8c0b5bbd
 def describe_training(
@@ -400,7 +403,7 @@ def train_model(
     "Run or go on with a fine-tuning."
     run,device,mean,std = session.run,pick_device(session.run.device),about['mean'],about['std']
     torch.manual_seed(run.seed)
-    backbone = build_backbone(about['arch'])
+    backbone = build_backbone(about['arch'], **about.get('backbone', {}))
     if init: transfer_weights(backbone, init, partial)
     model = ReidModel(backbone, images.num_train_pids, **{k: getattr(rec, k) for k in MODEL})
     model = model.to(device, memory_format=torch.channels_last)
