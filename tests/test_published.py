@@ -45,7 +45,7 @@ def pictures(tmp_path_factory):
 
 # ---- torchreid
 
-@pytest.mark.parametrize('arch', ['osnet_x0_25', 'osnet_ain_x1_0', 'resnet50', 'resnet50_fc512', 'mlfn', 'pcb_p4'])
+@pytest.mark.parametrize('arch', ['osnet_x0_25', 'osnet_ain_x1_0', 'resnet50', 'resnet50_fc512', 'mlfn', 'pcb_p6'])
 def test_torchreid_embeds_the_same(arch, pictures, tmp_path):
     from torchreid.reid.utils import FeatureExtractor, save_checkpoint
     torch.manual_seed(0)
@@ -105,6 +105,18 @@ def test_fastreid_both_ways(kind, depth, ibn, peers, monkeypatch, tmp_path):
     lost = net.load_state_dict(state, strict=False)
     assert not lost.unexpected_keys and {*lost.missing_keys} == {*found.left} and not notes
     assert all(torch.equal(state[k].double(), v.double()) for k, v in net.state_dict().items() if k in state)
+
+def test_fastreid_sees_the_same_pictures(peers, pictures, monkeypatch, tmp_path):
+    "How they are made smaller, their colours and their statistics."
+    from PIL import Image
+    net = fastreid_net(peers, 'bot', '18x', False, monkeypatch)
+    from fastreid.config import get_cfg
+    from fastreid.data.transforms import build_transforms
+    look = build_transforms(get_cfg(), is_train=False)
+    with torch.no_grad(): want = unit(net(torch.stack([look(Image.open(p).convert('RGB')) for p in pictures])))
+    torch.save(dict(model=net.state_dict()), tmp_path/'bot.pth')
+    out, _ = import_weights(tmp_path/'bot.pth', out=tmp_path/'ours')
+    assert np.abs(embed(*load_model(out), pictures) - want).max() < 1e-5
 
 def test_another_first_pooling_is_another_network(peers, monkeypatch, tmp_path):
     "What a check of tensors cannot see."
