@@ -10,7 +10,7 @@ __all__ = ['log', 'Sample', 'PARTS', 'PROTOCOLS', 'BOXES', 'SPLIT_PIDS', 'LOAD_M
            'join_splits', 'read_classic', 'cuhk03_split', 'whole_numbers', 'load_split', 'read_split', 'read_np',
            'ignore_none', 'name_sizes', 'read_identities', 'other_moment', 'gap_frames', 'nearest_frame',
            'pair_moments', 'find_crops', 'read_lines', 'find_sequences', 'read_rate', 'read_sequence', 'cut_boxes',
-           'read_sequences', 'choose_pairs', 'read_tracks']
+           'read_sequences', 'choose_pairs', 'describe_pairs', 'read_tracks']
 
 # %% ../../nbs/parts/08_benchmarks.ipynb #c3b53dcd
 import hashlib, io, json, logging, os, re, shutil, subprocess, sys
@@ -548,7 +548,7 @@ def pair_moments(
 )->list: # (frame of queries, frame of their candidates or None)
     "Find the moments to compare."
     there = sorted(frames)
-    slack = int(np.median(np.diff(there)))//2 if len(there) > 1 else 0
+    slack = int(min(np.diff(there), default=0))//2   # half of the step at which frames were kept
     multiples = {f//stride*stride + more for f in there for more in (0, stride)}
     asked = {nearest_frame(there, m, slack) for m in multiples} - {None}
     later = {f: nearest_frame(there, f + gap, slack) for f in sorted(asked)}
@@ -693,6 +693,18 @@ def choose_pairs(
     return query, list(gallery.values()), lost
 
 # %% ../../nbs/parts/08_benchmarks.ipynb #3e6de3f7
+def describe_pairs(
+    query:list, # From `choose_pairs`
+    gallery:list, # From `choose_pairs`
+)->str: # A note
+    "Describe what is compared, and how well guessing does."
+    there, films = Counter(s.camid for s in gallery), len({s.path.parent for s in query})
+    candidates = np.array([there[s.camid] for s in query])
+    return (f'{len({s.pid for s in query}):,} tracks in {films:,} video{"s"*(films > 1)} count as people; one '
+            f'candidate of {candidates.mean():.1f} is right, guessing gives rank1 {(1/candidates).mean():.3f}')
+
+
+# %% ../../nbs/parts/08_benchmarks.ipynb #ccf5502b
 STRIDE = 30
 
 def read_tracks(
@@ -708,19 +720,17 @@ def read_tracks(
     videos, notes, sizes = read_sequences(root, folders) if folders else find_crops(root)
     query, gallery, lost = choose_pairs(videos, gap, stride)
     later = f'{gap} later' if str(gap).endswith('s') else f'{gap} frames later'
-    why = ', '.join(f'{what} {n:,}' for what, n in sorted(lost.items()))
+    why = ', '.join(f'{who} {n:,}' for who, n in sorted(lost.items()))
     if not query:
         longest = max(max(v.frames) - min(v.frames) for v in videos.values() if v.frames)
         raise BadInput(f'{root}: no crop of a frame divisible by {stride} has its own track among two or more, {later} '
                        f'(who is there: {why}); the longest video has crops over {longest:,} frames: try another --gap')
     boxes = {path: box for v in videos.values() for path, box in v.boxes.items()}
     cut_boxes({s.path: boxes[s.path] for s in [*query, *gallery] if s.path in boxes})
-    there = Counter(s.camid for s in gallery)
-    notes += [f'{len({s.pid for s in query}):,} tracks in {len(videos):,} videos count as people; one candidate of '
-              f'{np.mean([there[s.camid] for s in query]):.1f} is right, guessing gives rank1 '
-              f'{np.mean([1/there[s.camid] for s in query]):.3f}']
+    notes.append(describe_pairs(query, gallery))
     if why: notes.append(f'crops that are no queries, by who is there {later}: {why}')
     return Benchmark([], query, gallery, digest_names(sizes), notes, (0, len(query), len(gallery)))
 
 register(Protocol('reassociation', read_tracks, other_moment, settings=dict(gap=30),
                   figures=dict(rank1='rank1', mAP='MRR')))
+
