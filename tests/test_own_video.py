@@ -283,7 +283,7 @@ def test_side_by_side(run, crops, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path/'r.json').read_text())
     assert result == compare_models([str(n) for n in names], crops, 'reassociation', gap='20')
-    assert result['best'] == 1 and 'comparison' not in result['models'][1] and result['settings'] == dict(gap='20')
+    assert result['best'] == 1 and 'comparison' not in result['models'][1] and result['settings'] == dict(gap=20)
     bench = read_benchmark('reassociation', crops, gap=20)
     scores = [rank(bench, *read_features(n, bench)) for n in names]
     for k, model in enumerate(result['models']):

@@ -726,6 +726,7 @@ def read_tracks(
         raise BadInput(f'{root}: no crop of a frame divisible by {stride} has its own track among two or more, {later} '
                        f'(who is there: {why}); the longest video has crops over {longest:,} frames: try another --gap')
     boxes = {path: box for v in videos.values() for path, box in v.boxes.items()}
+    if boxes: log.info(f'{root}: crops are cut into the folder crops of each sequence')
     cut_boxes({s.path: boxes[s.path] for s in [*query, *gallery] if s.path in boxes})
     notes.append(describe_pairs(query, gallery))
     if why: notes.append(f'crops that are no queries, by who is there {later}: {why}')

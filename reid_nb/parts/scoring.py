@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_GROUPS', 'PLAIN', 'NOTHING', 'full_names', 'write_features', 'load_npz', 'read_features', 'features_of',
            'load_features', 'shipped_model', 'name_source', 'check_options', 'name_options', 'pick_source',
-           'check_request', 'describe_ties', 'attempt', 'split_figures', 'curve_points', 'own_figures', 'rank_and_note',
+           'check_request', 'own_figures', 'describe_ties', 'attempt', 'split_figures', 'curve_points', 'rank_and_note',
            'summarize', 'write_json', 'write_thresholds', 'writing', 'check_calibration', 'check_thresholds',
            'describe_threshold', 'describe_calibration', 'describe_result', 'check_sources', 'compare_models',
            'describe_models']
@@ -184,7 +184,8 @@ def check_request(
     gap=None, # For protocols that have one; None: as the protocol has it
 )->tuple: # The `Benchmark`; the npz files among `features` and `against`. Raises `BadInput`
     "Read the set, and check all that can be checked before anything is computed or written."
-    benchmark = read_benchmark(protocol, data, **({} if gap is None else dict(gap=gap)))
+    settings = {} if gap is None else dict(gap=int(gap) if str(gap).isdecimal() else gap)
+    benchmark = read_benchmark(protocol, data, **settings)
     check_parts(benchmark, data, 'evaluate', 'query', 'gallery')
     if not embed_only: check_answers(benchmark)
     ready = [features] if features else []
@@ -193,6 +194,16 @@ def check_request(
     target = embed_only or out
     if target and Path(target).is_dir(): raise BadInput(f'{target}: a folder is there: name a file')
     return benchmark, ready
+
+# %% ../../nbs/parts/24_scoring.ipynb #fe101fb0
+def own_figures(
+    benchmark:Benchmark, # With a protocol
+    figures:dict, # {figure: anything}
+)->dict: # Those that the protocol has, under the names that it gives them
+    "Pick the figures of a protocol."
+    names = benchmark.protocol.figures
+    return {new: figures[old] for old, new in names.items() if old in figures} if names else figures
+
 
 # %% ../../nbs/parts/24_scoring.ipynb #348bf76a
 NO_GROUPS = 'multi_query: no person has several queries in one camera, nothing to average'
@@ -209,9 +220,10 @@ def describe_ties(
     scores = scores or rank(benchmark, qf, gf)
     n, left = tied_queries(benchmark, qf, gf, scores)
     value, valid = scores.figures()['mAP'], scores.valid.sum()
+    name, = own_figures(benchmark, dict(mAP=value))   # what it goes by
     if value - left < min(.01, value/10): return ''
     return (f'equal features: {n:,} of {valid:,} queries score right and wrong pictures the same, and the order of the '
-            f'gallery decides; against the method it would make mAP {left:.4f} of {value:.4f}: '
+            f'gallery decides; against the method it would make {name} {left:.4f} of {value:.4f}: '
             + (NOTHING if n > valid/2 else 'the figures mean little'))
 
 # %% ../../nbs/parts/24_scoring.ipynb #a9765057
@@ -251,16 +263,6 @@ def curve_points(
     fmr, tmr, _ = roc_points(counts.genuine.sum(0), counts.impostor.sum(0), counts.edges)
     at = np.unique(np.searchsorted(fmr, np.logspace(-6, 0, 241), side='right') - 1)
     return dict(fmr=fmr[at].tolist(), tmr=tmr[at].tolist())
-
-# %% ../../nbs/parts/24_scoring.ipynb #fe101fb0
-def own_figures(
-    benchmark:Benchmark, # With a protocol
-    figures:dict, # {figure: anything}
-)->dict: # Those that the protocol has, under the names that it gives them
-    "Pick the figures of a protocol."
-    names = benchmark.protocol.figures
-    return {new: figures[old] for old, new in names.items() if old in figures} if names else figures
-
 
 # %% ../../nbs/parts/24_scoring.ipynb #13717b65
 def rank_and_note(
