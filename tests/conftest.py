@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Trainings are compared bit by bit, and several programs share two cores: one thread each.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -68,6 +69,22 @@ def run():
         exe = Path(sys.executable).parent/name
         return subprocess.run([exe, *map(str, args)], capture_output=True, text=True, timeout=timeout, **kw)
     return _run
+
+# Roboflow's reid, and fast-reid; with --no-deps, the rest of what they import is what we import, too.
+PEERS = 'reid==0.1.0rc1', 'fastreid==1.4.0', 'supervision', 'pydeprecate', 'timm', 'yacs', 'termcolor', 'tabulate'
+
+@pytest.fixture(scope='session')
+def peers(tmp_path_factory, worker_id):
+    "A folder with packages to compare with; `monkeypatch.syspath_prepend(peers)` makes them importable."
+    here = tmp_path_factory.getbasetemp()
+    home = (here if worker_id == 'master' else here.parent)/'peers'
+    pip = [sys.executable, '-m', 'pip', 'install', '-q', '--disable-pip-version-check', '--retries', '1', '--no-deps']
+    with FileLock(f'{home}.lock'):   # one worker makes it, the others wait
+        if not (home/'whole').exists():
+            done = subprocess.run([*pip, '--target', home, *PEERS], capture_output=True, text=True)
+            if done.returncode: pytest.skip(f'pip cannot get {PEERS[0]} and {PEERS[1]} here: nothing to compare with')
+            (home/'whole').touch()
+    return home
 
 @pytest.fixture(scope='session')
 def cuda():

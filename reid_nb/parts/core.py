@@ -45,12 +45,14 @@ def make_parser(
     f, # A function with docments
     name:str, # Of the command
     word:str=None, # Name of an option that may also be given as a bare word
+    several:bool=False, # Or as several words, which make a list
 ): # `argparse.ArgumentParser`
     "Make the parser of a command line."
     parser = anno_parser(f, prog=name)
     for a in [a for a in parser._actions if a.dest in ('pdb', 'xtra')]:  # fastcore's own, of no use here
         parser._handle_conflict_resolve(None, [(o, a) for o in a.option_strings])
-    if word: parser.add_argument(word, nargs='?', default=argparse.SUPPRESS, help=f'the same as --{word}')
+    help = f'the same as --{word}' + ', or several'*several
+    if word: parser.add_argument(word, nargs='*' if several else '?', default=argparse.SUPPRESS, help=help)
     # fastcore 2 writes the types in parentheses, which argparse breaks a long usage line at
     for a in parser._actions: a.metavar = a.metavar and a.metavar.strip('()')
     return parser
@@ -77,13 +79,14 @@ def command(
     f, # The function to offer as a command; its docments become the `--help`
     show=None, # Makes the text to print of what `f` returns; prints nothing where it is None
     word:str=None, # Name of an option that may also be given as a bare word
+    several:bool=False, # Or as several words, which make a list
 ): # Reads the command line when a console script calls it, and is `f` otherwise
     "Make a console script of a function."
     @wraps(f)
     def _f(*args, **kwargs):
         if args or kwargs or not is_script(inspect.currentframe().f_back): return f(*args, **kwargs)
         name = Path(sys.argv[0]).stem
-        parser = make_parser(f, name, word)
+        parser = make_parser(f, name, word, several)
         given = vars(parser.parse_args([match_option(parser, w) for w in sys.argv[1:]]))
         if lost := [k for k, v in given.items() if v == []]:     # argparse takes the word in --name=-- away
             parser.error(f'argument {lost[0]}: expected one argument')

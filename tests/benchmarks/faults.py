@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WIRING = 'tests/test_wiring.py'
+OWN = 'tests/test_own_video.py'
 
 FAULTS = [
     # MoCo
@@ -209,6 +210,32 @@ FAULTS = [
     ('parts/core', "sys.stdout.reconfigure(errors='backslashreplace')", 'pass', 'tests/test_by_hand.py -k terminal'),
     ('parts/core', 'if lost := [k for k, v in given.items() if v == []]:', 'if lost := []:',
      'tests/test_options.py -k "calibrate or detect"'),
+    # Own pictures
+    ('parts/benchmarks', '(pids == query.pid) & (camids == query.camid)', 'pids < 0', OWN + ' -k junk_and_cameras'),
+    ('parts/benchmarks', 'return np.zeros(len(pids), bool)', 'return pids == 0', OWN + ' -k same_split'),
+    ('parts/benchmarks', 'keep &= rows[:, 6] > 0', 'keep &= rows[:, 6] > -1', OWN + ' -k on_mot'),
+    ('parts/benchmarks', 'return camids != query.camid', 'return camids < 0', OWN + ' -k on_real_crops'),
+    ('parts/benchmarks', 'elif len(there) == 1: lost', 'elif len(there) == 0: lost', OWN + ' -k by_definition'),
+    ('parts/benchmarks', 'default=0))//2', 'default=0))', OWN + ' -k by_definition'),
+    ('parts/benchmarks', 'pid*(drawn is not None), 0)', 'pid, 0)', OWN + ' -k folders_of_people'),
+    ('parts/benchmarks', 'seed, os.fsencode(name)', 'seed, pid', OWN + ' -k folders_of_people'),
+    ('parts/scoring', 'if len({*names.values()}) == len(paths): break', 'break', OWN + ' -k deep_folders'),
+    ('parts/scoring', 'if n > 1 and name in found', 'if n > 9 and name in found', OWN + ' -k deep_folders'),
+    ('parts/benchmarks', 'if path.is_file() and path.read_bytes() == jpeg: continue', 'if path.is_file(): continue',
+     OWN + ' -k cut_once'),
+    ('parts/benchmarks', "re.sub('-(DPM|FRCNN|SDP)$', '', p.name)", 'p.name', OWN + ' -k three_copies'),
+    ('parts/benchmarks', 'keep = track >= 0', 'keep = track >= -9', OWN + ' -k without_gt'),
+    ('parts/benchmarks', 'rgb = read_rgb(picture)', 'rgb = [read_rgb(picture) for _ in crops][0]',
+     OWN + ' -k read_once'),
+    ('parts/scoring', 'best = int(np.argmax(', 'best = int(np.argmin(', OWN + ' -k side_by_side'),
+    ('parts/scoring', 'if len({*names}) < len(names): names', 'if False: names', OWN + ' -k told_apart'),
+    ('parts/scoring', "if getattr(PROTOCOLS.get(protocol), 'figures', None): raise", 'if False: raise',
+     OWN + ' -k no_thresholds'),
+    ('parts/benchmarks', 'if frames < 1: raise', 'if False: raise', OWN + ' -k makes_no_sense'),
+    ('parts/benchmarks', '== {0}: raise', '== {-5}: raise', OWN + ' -k that_are_none'),
+    ('parts/benchmarks', "raise ValueError('not six numbers a line')", 'pass', OWN + ' -k broken_gt'),
+    ('parts/benchmarks', 'except (NoConfig, ValueError): return None', 'except (NoConfig, ValueError): return 25.',
+     OWN + ' -k without_frames'),
 ]
 
 def plant(copy, module, old, new):
