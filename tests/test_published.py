@@ -5,9 +5,11 @@ import hashlib
 import json
 import pickle
 import re
+import sys
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from types import ModuleType
 
 import cv2
 import numpy as np
@@ -111,6 +113,9 @@ def test_fastreid_sees_the_same_pictures(peers, pictures, monkeypatch, tmp_path)
     from PIL import Image
     net = fastreid_net(peers, 'bot', '18x', False, monkeypatch)
     from fastreid.config import get_cfg
+    data = ModuleType('fastreid.data')    # its own __init__ wants torch._six, which PyTorch has no more
+    data.__path__ = [str(peers/'fastreid'/'data')]
+    monkeypatch.setitem(sys.modules, 'fastreid.data', data)
     from fastreid.data.transforms import build_transforms
     look = build_transforms(get_cfg(), is_train=False)
     with torch.no_grad(): want = unit(net(torch.stack([look(Image.open(p).convert('RGB')) for p in pictures])))
@@ -201,12 +206,15 @@ def test_refused_in_one_line(tmp_path, run):
     torch.save({'a.weight': torch.zeros(3, 3)}, tmp_path/'other.pth')
     torch.save({k: v.new_full(v.shape, np.nan) if v.is_floating_point() else v for k, v in net.state_dict().items()},
                tmp_path/'nan.pth')
+    pcb = torchreid_model('pcb_p6').state_dict()
+    torch.save({k: v for k, v in pcb.items() if not k.startswith('classifier')}, tmp_path/'pcb.pth')
     (tmp_path/'empty').mkdir()
     for args, why in {('cut.pth',): 'cut short', ('bomb.pth',): 'not opened', ('bomb.onnx',): 'not an ONNX file',
                       ('other.pth',): 'neither of torchreid nor of fast-reid', ('empty',): 'no folder of save_pretr',
                       ('osnet.pth', '--arch', 'osnet_x1_0'): 'is not a osnet_x1_0', ('nan.pth',): 'not finite',
                       ('osnet.pth', '--arch', 'osnet_x9'): 'osnet_x9', ('nowhere.pth',): 'no such file',
-                      ('osnet.pth', '--size', '0x0'): 'size', ('hf://nobody',): 'write hf://owner',
+                      ('osnet.pth', '--size', '0x0'): 'size', ('osnet.pth', '--size', '8x8'): 'takes no',
+                      ('pcb.pth',): '--arch', ('hf://nobody',): 'write hf://owner',
                       ('osnet.pth', '--stats', 'x'): 'stats'}.items():
         done = run('reid_import', *args, '--out', tmp_path/'out.safetensors', cwd=tmp_path)
         assert (done.returncode, done.stderr.count('\n')) == (2, 1) and why in done.stderr, (args, done)
