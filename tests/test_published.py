@@ -197,7 +197,7 @@ def test_the_peers_figures(place, rank1, ap, data, run, tmp_path):
 class Bomb:
     def __reduce__(self): return print, ('boom',)
 
-def test_refused_in_one_line(tmp_path, run):
+def test_refused_in_one_line(tmp_path, run, capsys):
     net = torchreid_model('osnet_x0_25')
     torch.save(net.state_dict(), tmp_path/'osnet.pth')
     (tmp_path/'cut.pth').write_bytes((tmp_path/'osnet.pth').read_bytes()[:-1000])
@@ -209,16 +209,18 @@ def test_refused_in_one_line(tmp_path, run):
     pcb = torchreid_model('pcb_p6').state_dict()
     torch.save({k: v for k, v in pcb.items() if not k.startswith('classifier')}, tmp_path/'pcb.pth')
     (tmp_path/'empty').mkdir()
-    for args, why in {('cut.pth',): 'cut short', ('bomb.pth',): 'not opened', ('bomb.onnx',): 'not an ONNX file',
-                      ('other.pth',): 'neither of torchreid nor of fast-reid', ('empty',): 'no folder of save_pretr',
-                      ('osnet.pth', '--arch', 'osnet_x1_0'): 'is not a osnet_x1_0', ('nan.pth',): 'not finite',
-                      ('osnet.pth', '--arch', 'osnet_x9'): 'osnet_x9', ('nowhere.pth',): 'no such file',
-                      ('osnet.pth', '--size', '0x0'): 'size', ('osnet.pth', '--size', '8x8'): 'takes no',
-                      ('pcb.pth',): '--arch', ('hf://nobody',): 'write hf://owner',
-                      ('osnet.pth', '--stats', 'x'): 'stats'}.items():
-        done = run('reid_import', *args, '--out', tmp_path/'out.safetensors', cwd=tmp_path)
-        assert (done.returncode, done.stderr.count('\n')) == (2, 1) and why in done.stderr, (args, done)
-        assert 'boom' not in done.stdout and not (tmp_path/'out.safetensors').exists(), args
+    cases = [('cut.pth', {}, 'cut short'), ('bomb.pth', {}, 'not opened'), ('bomb.onnx', {}, 'not an ONNX file'),
+             ('other.pth', {}, 'neither of torchreid nor of fast-reid'), ('empty', {}, 'no folder of save_pretrained'),
+             ('osnet.pth', dict(arch='osnet_x1_0'), 'is not a osnet_x1_0'), ('nan.pth', {}, 'not finite'),
+             ('osnet.pth', dict(arch='osnet_x9'), 'osnet_x9'), ('nowhere.pth', {}, 'no such file'),
+             ('osnet.pth', dict(size='0x0'), 'size'), ('osnet.pth', dict(stats='x'), 'stats'), ('pcb.pth', {}, '--arch')]
+    for name, how, why in cases:
+        with pytest.raises(BadInput, match=why) as e: import_weights(tmp_path/name, out=tmp_path/'out', **how)
+        assert '\n' not in str(e.value), name
+    assert 'boom' not in capsys.readouterr().out and not (tmp_path/'out.safetensors').exists()
+    for name, why in ('bomb.pth', 'not opened'), ('hf://nobody', 'write hf://owner'):
+        done = run('reid_import', name, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count('\n'), done.stdout) == (2, 1, '') and why in done.stderr, done
 
 def test_a_checkpoint_of_another_file_stays(tmp_path):
     for seed, name in enumerate('ab'):
