@@ -213,7 +213,8 @@ def test_refused_in_one_line(tmp_path, run, capsys):
              ('other.pth', {}, 'neither of torchreid nor of fast-reid'), ('empty', {}, 'no folder of save_pretrained'),
              ('osnet.pth', dict(arch='osnet_x1_0'), 'is not a osnet_x1_0'), ('nan.pth', {}, 'not finite'),
              ('osnet.pth', dict(arch='osnet_x9'), 'osnet_x9'), ('nowhere.pth', {}, 'no such file'),
-             ('osnet.pth', dict(size='0x0'), 'size'), ('osnet.pth', dict(stats='x'), 'stats'), ('pcb.pth', {}, '--arch')]
+             ('osnet.pth', dict(size='0x0'), 'size'), ('osnet.pth', dict(stats='x'), 'stats'),
+             ('pcb.pth', {}, '--arch')]
     for name, how, why in cases:
         with pytest.raises(BadInput, match=why) as e: import_weights(tmp_path/name, out=tmp_path/'out', **how)
         assert '\n' not in str(e.value), name
