@@ -239,7 +239,7 @@ def test_a_video_in_three_copies_counts_once(mot):
     again = read_benchmark('reassociation', mot)
     assert [s[1:] for s in again.query] == [s[1:] for s in bench.query] and len(find_sequences(mot)) == 2
 
-def test_tracks_without_gt(mot):
+def test_tracks_without_gt(mot, caplog):
     for name in 'T-01', 'T-02':
         (mot/name/'gt').rename(mot/name/'det')
         (mot/name/'det'/'gt.txt').rename(mot/name/'det'/'det.txt')
@@ -248,7 +248,11 @@ def test_tracks_without_gt(mot):
     for name in 'T-01', 'T-02':
         lines = [x.split(',') for x in (mot/name/'det'/'det.txt').read_text().split()]
         (mot/name/'det'/'det.txt').write_text('\n'.join(','.join([f, '-1', *box]) for f, _, *box in lines))
+        if name == 'T-01': assert 'T-01: left out, no box with a track number' in read_benchmark('reassociation', mot).notes
     with pytest.raises(BadInput, match='no box of a person with a track number'): read_benchmark('reassociation', mot)
+    (mot/'T-02'/'det'/'det.txt').unlink()
+    with pytest.raises(BadInput, match='in 1 sequences'): read_benchmark('reassociation', mot)
+    assert 'T-02: left out, frames with neither' in caplog.text
 
 def test_frames_are_read_once(mot, monkeypatch):
     "However many are in it."
