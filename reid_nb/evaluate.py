@@ -70,7 +70,6 @@ def calibrate(
 
 reid_calibrate = command(calibrate, describe_calibration, word='ckpt')
 
-
 # %% ../nbs/05_evaluate.ipynb #27bb7f71
 @partial(command, word='ckpt', several=True)
 def reid_evaluate(

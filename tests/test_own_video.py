@@ -13,7 +13,8 @@ from test_options import call
 from reid_nb.dataset import extract
 from reid_nb.evaluate import calibrate, evaluate
 from reid_nb.parts.benchmarks import (
-    cut_boxes, find_sequences, labels, PROTOCOLS, read_benchmark, read_identities, read_set, read_tracks, Sample)
+    cut_boxes, find_sequences, gap_frames, labels, PROTOCOLS, read_benchmark, read_identities, read_lines, read_rate,
+    read_set, read_tracks, Sample)
 from reid_nb.parts.core import BadInput, rng_of
 from reid_nb.parts.metrics import chance, color_histogram, compare_scores, rank
 from reid_nb.parts.scoring import (
@@ -239,7 +240,7 @@ def test_a_video_in_three_copies_counts_once(mot):
     again = read_benchmark('reassociation', mot)
     assert [s[1:] for s in again.query] == [s[1:] for s in bench.query] and len(find_sequences(mot)) == 2
 
-def test_tracks_without_gt(mot):
+def test_tracks_without_gt(mot, caplog):
     for name in 'T-01', 'T-02':
         (mot/name/'gt').rename(mot/name/'det')
         (mot/name/'det'/'gt.txt').rename(mot/name/'det'/'det.txt')
@@ -248,7 +249,12 @@ def test_tracks_without_gt(mot):
     for name in 'T-01', 'T-02':
         lines = [x.split(',') for x in (mot/name/'det'/'det.txt').read_text().split()]
         (mot/name/'det'/'det.txt').write_text('\n'.join(','.join([f, '-1', *box]) for f, _, *box in lines))
+        if name == 'T-01': notes = read_benchmark('reassociation', mot).notes
+    assert 'T-01: left out, no box with a track number' in notes
     with pytest.raises(BadInput, match='no box of a person with a track number'): read_benchmark('reassociation', mot)
+    (mot/'T-02'/'det'/'det.txt').unlink()
+    with pytest.raises(BadInput, match='in 1 sequences'): read_benchmark('reassociation', mot)
+    assert 'T-02: left out, frames with neither' in caplog.text
 
 def test_frames_are_read_once(mot, monkeypatch):
     "However many are in it."
@@ -351,6 +357,24 @@ def test_a_broken_gt(mot, tmp_path, text):
     (mot/'T-02'/'gt'/'gt.txt').write_text(text)
     line = refused(['--data', mot, '--protocol', 'reassociation'], tmp_path)
     assert 'T-02/gt/gt.txt: not boxes of MOTChallenge' in line and not [*mot.rglob('crops')]
+
+WORDS = st.text('0123456789,.-+_einfas \n\0é²١', max_size=40)   # with digits that are none to us
+
+@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@given(WORDS, WORDS, WORDS)
+def test_whatever_stands_there(tmp_path_factory, text, gap, name):
+    "Boxes, gaps, names of crops, frame rates: a result that is sound, or `BadInput`."
+    root = tmp_path_factory.mktemp('any')
+    (root/'x').write_text(text, encoding='utf-8')
+    try: rows = read_lines(root/'x', True)
+    except BadInput: rows = np.zeros((0, 6), int)
+    assert rows.dtype.kind == 'i' and rows.shape[1:] == (6,) and (rows[:, 1] >= 0).all()
+    try: assert gap_frames(gap, 25) >= 1
+    except BadInput: pass
+    (root/'ini').write_text(f'[Sequence]\nframeRate={text}\n', encoding='utf-8')
+    assert not read_rate(root/'ini') or 0 < read_rate(root/'ini') < 10_000
+    for k in 1, 2: (root/f"{k}_1{name.translate({0: 'x', 10: 'y', 47: 'z'})}.jpg").write_bytes(b'x')
+    with pytest.raises(BadInput): read_tracks(root)   # two crops of one moment are never enough
 
 def test_mot_without_frames_or_rate(mot, tmp_path):
     (mot/'T-01'/'seqinfo.ini').write_text('[Sequence]\nframeRate=fast\n')

@@ -499,7 +499,7 @@ def read_identities(
         f'found: {len(people)} with pictures, {len(query)} with more than one')
     notes = [f'{single:,} people with one picture: nobody searches for them, they are in the gallery'] if single else []
     if left_out: notes.append(f'{len(left_out):,} files left out, the first is {left_out[0].relative_to(root)}')
-    sizes = name_sizes(root, sum(people.values(), []))
+    sizes = name_sizes(root, [p for paths in people.values() for p in paths])
     return Benchmark([], query, gallery, digest_names(sizes), notes, (0, len(query), len(gallery)))
 
 register(Protocol('identity_folders', read_identities, ignore_none))
@@ -576,7 +576,7 @@ def find_crops(
                                   f'sequences of MOTChallenge{": "*bool(notes)}{"; ".join(notes)}')
     if {t for v in videos.values() for tracks in v.frames.values() for t in tracks} == {0}: raise BadInput(
         f'{root}: all crops are of track 0: their boxes were made without a tracker; reid_detect makes tracks')
-    return videos, notes, name_sizes(root, [p for p in pictures if p not in {*odd}])
+    return videos, notes, name_sizes(root, sorted({*pictures} - {*odd}))
 
 # %% ../../nbs/parts/08_benchmarks.ipynb #425cb13e
 def read_lines(
@@ -606,6 +606,7 @@ def find_sequences(
     "Find sequences of MOTChallenge; MOT17 has each three times, once for a detector, with the same frames."
     found = {p.parent for depth in ('.', '*', '*/*') for p in root.glob(f'{depth}/img1')}
     whole = [p for p in sorted(found, reverse=True) if (p/'gt'/'gt.txt').is_file() or (p/'det'/'det.txt').is_file()]
+    for p in sorted(found - {*whole}): log.warning(f'{p}: left out, frames with neither gt/gt.txt nor det/det.txt')
     once = {p.with_name(re.sub('-(DPM|FRCNN|SDP)$', '', p.name)): p for p in whole}
     return sorted(once.values())
 
@@ -664,6 +665,7 @@ def read_sequences(
     for folder in folders:
         videos[folder], lost, more = read_sequence(folder)
         sizes += more
+        if not videos[folder].frames: notes.append(f'{folder.name}: left out, no box with a track number')
         if lost: notes.append(f'{folder.name}: {lost:,} boxes left out: outside the picture, without a frame, or twice')
     if not any(v.frames for v in videos.values()):
         raise BadInput(f'{root}: no box of a person with a track number in {len(folders)} sequences of MOTChallenge')
@@ -703,7 +705,6 @@ def describe_pairs(
     return (f'{len({s.pid for s in query}):,} tracks in {films:,} video{"s"*(films > 1)} count as people; one '
             f'candidate of {candidates.mean():.1f} is right, guessing gives rank1 {(1/candidates).mean():.3f}')
 
-
 # %% ../../nbs/parts/08_benchmarks.ipynb #ccf5502b
 STRIDE = 30
 
@@ -734,4 +735,3 @@ def read_tracks(
 
 register(Protocol('reassociation', read_tracks, other_moment, settings=dict(gap=30),
                   figures=dict(rank1='rank1', mAP='MRR')))
-

@@ -47,7 +47,6 @@ def write_features(
     names = full_names([*benchmark.query, *benchmark.gallery])
     with atomic_write(path, 'wb') as f: np.savez(f, **dict(zip(names, np.concatenate([qf, gf]))))
 
-
 # %% ../../nbs/parts/24_scoring.ipynb #09f4a732
 def load_npz(
     path, # A .npz file
@@ -203,7 +202,6 @@ def own_figures(
     "Pick the figures of a protocol."
     names = benchmark.protocol.figures
     return {new: figures[old] for old, new in names.items() if old in figures} if names else figures
-
 
 # %% ../../nbs/parts/24_scoring.ipynb #348bf76a
 NO_GROUPS = 'multi_query: no person has several queries in one camera, nothing to average'
@@ -384,7 +382,6 @@ def describe_calibration(
     about = (f"{result['source']} on {result['protocol']}, {result['identities']:,} people, "
              f"data {result['data_digest'][:16]}:")
     return '\n'.join([about, *(describe_threshold(target, p) for target, p in result['thresholds'].items())])
-
 
 # %% ../../nbs/parts/24_scoring.ipynb #d224dbad
 def describe_result(
