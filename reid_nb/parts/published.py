@@ -265,9 +265,10 @@ def from_onnx(
     size = parse_size(size or (sides if whole else '256x128'))
     try: dim = try_size(net, size)
     except BadInput as e: raise BadInput(f'{path}: {e}') from None
-    meta = settings('onnx', 'onnx', size, dim=dim, **how)
-    if pixels: meta |= dict(zip(('mean','std'), BYTES), resize='area')
-    return Imported(dict(onnx=data), meta, f'ONNX, {dim:,} numbers for a picture of {size[0]}x{size[1]}')
+    meta,notes = settings('onnx', 'onnx', size, dim=dim, resize='area', **how),[]
+    if pixels: meta |= dict(zip(('mean','std'), BYTES))
+    else: notes = [f"the file does not say: RGB by {how.get('stats', 'imagenet')}'s statistics, resized by OpenCV"]
+    return Imported(dict(onnx=data), meta, f'ONNX, {dim:,} numbers for a picture of {size[0]}x{size[1]}', [], notes)
 
 # %% ../../nbs/parts/30_published.ipynb #03e3a486
 def from_roboflow(
