@@ -14,7 +14,6 @@ __all__ = ['TORCHREID', 'HEADS', 'TRUNK', 'BRANCHES', 'OLDER', 'GUESSES', 'TRAIN
 import json, os, re
 from collections import namedtuple
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -412,7 +411,7 @@ def describe_import(
              + '{:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f}'.format(*m['mean'], *m['std'])]
     return '\n'.join([*lines, *found.notes, str(out)])
 
-@partial(command, word='weights')
+@command
 def reid_import(
     weights:str, # Name in the registry, hf://owner/repository/file, a file, or a folder of Roboflow's
     arch:str=None, # Name of the network at torchreid, such as osnet_x1_0; default found
@@ -482,7 +481,7 @@ def export_weights(
     with lock(out), atomic_write(out, 'wb') as f: torch.save(state if form=='torchvision' else {nest: state}, f)
     return out,notes
 
-@partial(command, word='ckpt')
+@command
 def reid_export(
     ckpt:str, # A checkpoint, .safetensors
     form:str='onnx', # onnx, fastreid, torchreid or torchvision
