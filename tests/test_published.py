@@ -319,3 +319,21 @@ def test_no_network_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'cache'))
     with pytest.raises(BadInput, match='where there is a network, get osnet_x0_25.*then reid_import FILE'):
         import_weights('osnet_x0_25_msmt17')
+
+# ---- one object for programs
+
+def test_boxes_of_other_packages(peers, monkeypatch):
+    "A frame with the detections of supervision, or with the boxes of Ultralytics, is a list of crops."
+    monkeypatch.syspath_prepend(peers)
+    import supervision as sv
+    from reid_nb import load
+    from ultralytics.engine.results import Boxes
+    frame = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)
+    corners = [[10, 20, 60, 150], [-9, 0, 40, 99]]
+    model, crops = load(), [frame[20:150, 10:60], frame[0:99, 0:40]]
+    want = model.embed(crops)
+    boxes = torch.tensor([[*c, .9, 0] for c in corners], dtype=torch.float32)
+    for found in sv.Detections(xyxy=np.float32(corners)), Boxes(boxes, frame.shape[:2]), corners:
+        assert np.abs(model.embed(frame, found) - want).max() < 1e-6
+    assert np.abs(model.embed(frame[..., ::-1], corners, bgr=True) - want).max() < 1e-6
+    assert model.embed(frame, sv.Detections.empty()).shape == (0, model.model.dim)

@@ -293,8 +293,9 @@ def from_roboflow(
     return made
 
 # %% ../../nbs/parts/30_published.ipynb #6c701272
-Entry = namedtuple('Entry', 'repo file revision sha256 bytes arch trained_on terms')
-Entry.__doc__ = "A published file: where it is, its digest and length, the network, the data, the terms"
+Entry = namedtuple('Entry', 'repo file revision sha256 bytes arch trained_on terms size stats',
+                   defaults=('256x128', 'imagenet'))
+Entry.__doc__ = "A published file: where, its digest and length (None: not known), network, data, terms, input"
 
 OSNET = dict(repo='kaiyangzhou/osnet', revision='a5c5cc037c24235cda3b21085b93ad77c9616224')
 MSMT17 = 'MSMT17: 15 cameras of one campus, 4,101 people'
@@ -380,8 +381,10 @@ def import_weights(
     **how, # size, stats
 )->tuple: # Path of the checkpoint, and the `Imported`; raises `BadInput`
     "Make a checkpoint of a published network."
-    name = str(source)
-    if name in REGISTRY: path,arch = fetch_entry(name),arch or REGISTRY[name].arch
+    name,how = str(source),{k: v for k,v in how.items() if v is not None}
+    if name in REGISTRY:
+        path,known = fetch_entry(name),REGISTRY[name]
+        arch,how = arch or known.arch,dict(size=known.size, stats=known.stats) | how
     else: path = fetch(name) if name.startswith('hf://') else Path(source)
     out = Path(out or checkpoint_path(source))
     if out.suffix!='.safetensors': out = out.with_name(out.name + '.safetensors')
@@ -416,7 +419,7 @@ def reid_import(
     weights:str, # Name in the registry, hf://owner/repository/file, a file, or a folder of Roboflow's
     arch:str=None, # Name of the network at torchreid, such as osnet_x1_0; default found
     size:str=None, # Height and width of the input, as 256x128; default the usual one
-    stats:str='imagenet', # Input statistics: imagenet or luperson
+    stats:str=None, # Input statistics: imagenet or luperson; default the registry's, or imagenet
     out:str=None, # The checkpoint to make; default NAME.safetensors
 ):
     "Make a checkpoint of published weights: of torchreid, fast-reid, LUPerson, Roboflow's reid, or ONNX."
