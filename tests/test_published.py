@@ -307,6 +307,16 @@ def test_a_download_goes_on_and_is_checked(hub, monkeypatch, capsys, tmp_path):
     import_weights('osnet_x0_25_msmt17')
     assert len(asked) == n    # it is in the cache
 
+def test_a_file_brought_by_hand_is_known(monkeypatch, tmp_path):
+    "Where there is no network: it goes where the download would have gone, and `load` finds it."
+    from reid_nb import load
+    torch.save(torchreid_model('osnet_x0_25').state_dict(), tmp_path/'anything.pth')
+    entry(monkeypatch, hashlib.sha256((tmp_path/'anything.pth').read_bytes()).hexdigest())
+    monkeypatch.setenv('REID_HOME', str(tmp_path/'home'))
+    out, _ = import_weights(tmp_path/'anything.pth')
+    assert out == tmp_path/'home'/'osnet_x0_25_msmt17.safetensors'
+    assert load('osnet_x0_25_msmt17').path == out
+
 def test_a_wrong_digest_is_not_opened(hub, monkeypatch, tmp_path):
     entry(monkeypatch, '0'*64)
     monkeypatch.setattr(published, 'read_weights', lambda path: pytest.fail('it was opened'))

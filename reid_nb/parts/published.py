@@ -7,8 +7,8 @@ __all__ = ['TORCHREID', 'HEADS', 'TRUNK', 'BRANCHES', 'OLDER', 'GUESSES', 'TRAIN
            'SCHEDULE', 'REGISTRY', 'FORMS', 'try_size', 'Imported', 'settings', 'plain_names', 'misfit',
            'find_torchreid', 'from_torchreid', 'mgn_name', 'fastreid_name', 'newer_names', 'fastreid_parts',
            'fill_fastreid', 'from_fastreid', 'from_backbone', 'from_onnx', 'from_roboflow', 'fetch', 'fetch_entry',
-           'library', 'checkpoint_path', 'recognize', 'import_weights', 'describe_import', 'reid_import', 'to_fastreid',
-           'to_torchvision', 'to_torchreid', 'export_weights', 'reid_export']
+           'library', 'checkpoint_path', 'recognize', 'obtain', 'import_weights', 'describe_import', 'reid_import',
+           'to_fastreid', 'to_torchvision', 'to_torchreid', 'export_weights', 'reid_export']
 
 # %% ../../nbs/parts/30_published.ipynb #438d4875
 import json, os, re
@@ -374,6 +374,18 @@ def recognize(
     return found
 
 # %% ../../nbs/parts/30_published.ipynb #ef0394fd
+def obtain(
+    source, # Name in the registry, 'hf://owner/repository/file', a file or a folder
+)->tuple: # Its path; its name, that of the registry where the file is one of them; its digest. Raises `BadInput`
+    "Get hold of published weights; a file that was copied here by hand is known by its digest."
+    name = str(source)
+    if name in REGISTRY: path = fetch_entry(name)
+    else: path = fetch(name) if name.startswith('hf://') else Path(source)
+    whole = path/'weights.safetensors' if path.is_dir() else path
+    digest = sha256(whole) if whole.is_file() else None
+    return path,next((n for n,e in REGISTRY.items() if e.sha256==digest), name),digest
+
+# %% ../../nbs/parts/30_published.ipynb #1fcb370a
 def import_weights(
     source, # Name in the registry, 'hf://owner/repository/file', a file or a folder
     arch:str=None, # Name of the network at torchreid; None: found
@@ -381,21 +393,18 @@ def import_weights(
     **how, # size, stats
 )->tuple: # Path of the checkpoint, and the `Imported`; raises `BadInput`
     "Make a checkpoint of a published network."
-    name,how = str(source),{k: v for k,v in how.items() if v is not None}
-    if name in REGISTRY:
-        path,known = fetch_entry(name),REGISTRY[name]
-        arch,how = arch or known.arch,dict(size=known.size, stats=known.stats) | how
-    else: path = fetch(name) if name.startswith('hf://') else Path(source)
-    out = Path(out or checkpoint_path(source))
+    path,name,digest = obtain(source)
+    how = {k: v for k,v in how.items() if v is not None}
+    if known := REGISTRY.get(name): arch,how = arch or known.arch,dict(size=known.size, stats=known.stats) | how
+    out = Path(out or checkpoint_path(name))
     if out.suffix!='.safetensors': out = out.with_name(out.name + '.safetensors')
     found = recognize(path, arch, **how)
     try: found.model()
     except BadInput as e: raise BadInput(f'{path}, {found.origin}: {e}') from None
-    whole = path/'weights.safetensors' if path.is_dir() else path
-    found.meta |= dict(source=name, source_digest=sha256(whole), source_kind=found.origin)
+    found.meta |= dict(source=name, source_digest=digest, source_kind=found.origin)
     out.parent.mkdir(parents=True, exist_ok=True)
     with lock(out):
-        if out.exists() and load_checkpoint(out)[1].get('source_digest')!=found.meta['source_digest']:
+        if out.exists() and load_checkpoint(out)[1].get('source_digest')!=digest:
             raise BadInput(f'{out} is there, and of another file: name one with --out')
         save_checkpoint(out, found.tensors, found.meta)
     return out,found
