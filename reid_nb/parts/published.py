@@ -417,8 +417,9 @@ def describe_import(
     "Say what became of each tensor, and what was assumed."
     counted = [k for k in found.tensors if not k.endswith('num_batches_tracked')]
     m = found.meta
-    lines = [f'{found.origin}: {len(counted):,} tensors taken, {len(found.left):,} left behind'
-             + (f' ({", ".join(found.left[:3])}{" ..." if len(found.left)>3 else ""})' if found.left else ''),
+    named = f' ({", ".join(found.left[:3])}{" ..." if len(found.left)>3 else ""})' if found.left else ''
+    taken = f'{len(counted):,} tensors taken, {len(found.left):,} left behind{named}'
+    lines = [f'{found.origin}: ' + ('kept whole' if m['kind']=='onnx' else taken),
              f'input {m["size"][0]}x{m["size"][1]}, made smaller by {m["resize"]}, mean '
              + '{:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f}'.format(*m['mean'], *m['std'])]
     return '\n'.join([*lines, *found.notes, str(out)])
