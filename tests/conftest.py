@@ -20,6 +20,7 @@ ONE_NETWORK = '06_biometrics', '08_demo', 'test_browser', 'test_jupyter'   # tra
 FIRST = ('02_toy_city', '06_biometrics', '04_finetune', 'test_dataset', '05_evaluate', '03_moco', 'test_quickstart',
          '15_tracks', '16_gallery')
 
+@pytest.hookimpl(tryfirst=True)   # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     "A file to a worker, a notebook to a worker; what takes longest begins, and what all the others need."
     def name(item):

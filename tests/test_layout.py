@@ -106,3 +106,8 @@ def test_what_is_imported_is_declared():
     tops = {name.split('.')[0] for name in names} - there
     owners = packages_distributions()
     assert [t for t in sorted(tops) if not {plain(d) for d in owners.get(t, [t])} & declared] == []
+
+def test_the_tests_of_a_file_stay_together(request, worker_id):
+    "Two workers would make everything twice, some of it in one folder; pytest 9.2 loses the groups of xdist 3.8."
+    if worker_id == 'master': pytest.skip('one process')
+    assert request.node.nodeid.endswith('@test_layout')
