@@ -188,6 +188,7 @@ def fastreid_parts(
                 stripes=[1,2,3] if mgn else [1], width=widths[0] if widths else None,
                 **dict(nonlocals=True, nonlocal_width=max(inner)) if inner else {})
 
+# %% ../../nbs/parts/30_published.ipynb #c50aa94e
 def fill_fastreid(
     tensors:dict, # Of a file of fast-reid
     arch:str, # One of `RESNETS`
