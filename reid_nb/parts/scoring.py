@@ -141,8 +141,9 @@ def describe_cameras(
     "Say what `by_camera` has taken from the pictures of a test."
     found = Counter(s.camid for s in [*benchmark.query, *benchmark.gallery])
     few = sum(n < LEAST for n in found.values())
-    return (f"by_camera: the network's statistics are taken anew from this test's own pictures, without their labels, in "
-            f'{len(found) - few:,} of {len(found):,} cameras' + f' (the others have under {LEAST} pictures)'*bool(few))
+    rest = f' (the others have under {LEAST} pictures)' if few else ''
+    return ("by_camera: the network's statistics are taken anew from this test's own pictures, without their labels, "
+            f'in {len(found) - few:,} of {len(found):,} cameras{rest}')
 
 
 # %% ../../nbs/parts/24_scoring.ipynb #2a8f8be9

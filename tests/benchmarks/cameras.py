@@ -13,7 +13,8 @@ import numpy as np
 from reid_nb.parts.benchmarks import labels, read_benchmark
 from reid_nb.parts.cameras import blend
 from reid_nb.parts.metrics import rank
-from reid_nb.parts.weights import camera_statistics, embed, load_model, read_image, read_statistics, set_statistics, SMALL
+from reid_nb.parts.weights import (
+    camera_statistics, embed, load_model, read_image, read_statistics, set_statistics, SMALL)
 
 SHARES, PEOPLE = (0, .1, .25, .5, .75, 1), (1, 2, 4, 8, 16, 40)
 
