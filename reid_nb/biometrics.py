@@ -18,10 +18,9 @@ from .parts.decisions import (
     choose_track, Decision, evidence, explain, film_labels, find_usable_tracks, log_outcome, most_similar_pair,
     other_names, Outcome, print_outcome, same_person, SeveralPeople)
 from .parts.film import draw_film
-from .parts.gallery import as_json, clean_name, Gallery
-from reid_nb.parts.tracks import (
-    find_tracks, frame_times, load_matcher, make_template, progress_bar, require_usable, Template, Track,
-    visible_intervals)
+from .parts.gallery import as_json, clean_name, Gallery, gallery_matcher
+from .parts.tracks import (
+    find_tracks, frame_times, make_template, progress_bar, require_usable, Template, Track, visible_intervals)
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def enroll(
     name:str, # Of the person
     video:str, # A clip
     gallery:str='gallery', # Folder; made if it is not there
-    checkpoint:str=None, # See `load_matcher`; default the small model of the part Weights
+    checkpoint:str=None, # Default the gallery's; for a new one an imported one, or the small model
     start:int=0, # First frame
     stop:int=None, # Frame to stop before; default the end
     weights:str='motion', # motion (fixed cameras), or Ultralytics weights
@@ -60,7 +59,7 @@ def enroll(
 )->dict: # See `Gallery.add`, and `alike`: (name, score) of others who may be the same person; raises `BadInput`
        # or `SeveralPeople`, and then nothing is stored
     "Enrol one person from a clip; enrolling again adds."
-    name, matcher = clean_name(name), load_matcher(checkpoint)
+    name, matcher = clean_name(name), gallery_matcher(gallery, checkpoint)
     tracks, why = find_usable_tracks(video, weights, start, stop, progress)
     template = make_template(choose_track(video, tracks, why, track), matcher)
     here = Gallery(gallery, matcher, create=True)
@@ -98,7 +97,7 @@ def decide(
 def identify(
     video:str, # A clip
     gallery:str='gallery', # Folder
-    checkpoint:str=None, # The gallery's; default the small model of the part Weights
+    checkpoint:str=None, # Default the gallery's, see `gallery_matcher`
     start:int=0, # First frame
     stop:int=None, # Frame to stop before; default the end
     weights:str='motion', # motion (fixed cameras), or Ultralytics weights
@@ -108,7 +107,7 @@ def identify(
     claimed:str=None, # Compare with this person only
 )->Outcome: # A decision for each person; raises `BadInput`
     "Who is in the clip? Each person is ranked against everybody enrolled, and may stay unknown."
-    matcher = load_matcher(checkpoint)
+    matcher = gallery_matcher(gallery, checkpoint)
     here = Gallery(gallery, matcher)
     who, name = (None, None) if claimed is None else here.find(claimed)
     if name is None: here.index.load()   # an empty gallery complains before the long part
@@ -127,7 +126,7 @@ def verify(
     name:str, # The claimed identity
     video:str, # A clip
     gallery:str='gallery', # Folder
-    checkpoint:str=None, # The gallery's; default the small model of the part Weights
+    checkpoint:str=None, # Default the gallery's, see `gallery_matcher`
     **kwargs
 )->Outcome: # A decision for each person; raises `BadInput`
     "Is this person in the clip? Each person in it is compared with the claimed one only."

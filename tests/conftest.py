@@ -11,6 +11,9 @@ from filelock import FileLock
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 ROOT = Path(__file__).resolve().parent.parent
+# What you have imported is not what the tests are about.
+os.environ['REID_HOME'] = str(ROOT/'nbs'/'_run'/'library')
+
 DATA = Path(os.environ.get('REID_DATA', ROOT.parent/'shared'/'data'))
 
 def pytest_configure(config):

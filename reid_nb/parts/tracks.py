@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ from .core import BadInput, sha256
 from .detect import detect_people, ONLY_MOTION
 from .detections import fit_boxes
 from .video import show_times
-from .weights import read_thresholds
+from .weights import calibration_words, read_thresholds
 
 # %% ../../nbs/parts/15_tracks.ipynb #ff9f2eee
 def frame_times(
@@ -226,19 +227,22 @@ class Matcher:
     embed:object # Function: list of uint8[h,w,3] RGB crops -> float32[n,d], rows of length 1
     digest:str # SHA-256 of the checkpoint
     thresholds:dict # {'0.01': {'threshold', 'low', 'high', ...}, ...} by false match rate
+    calibration:str='' # On whom they were measured, see `calibration_words`
+    path:Path=None # The checkpoint
 
 def load_matcher(
-    ckpt=None, # A checkpoint with its thresholds beside it; None: `SMALL`; a `Matcher` is returned
+    ckpt=None, # A checkpoint with its thresholds beside it; None: see `default_checkpoint`; a `Matcher` is returned
 )->Matcher: # Raises `BadInput` where either is missing, or where they do not belong together
     "Load a network and its thresholds, once."
     if isinstance(ckpt, Matcher): return ckpt
     from reid_nb.parts.weights import embed, load_model
-    from reid_nb.parts.weights import SMALL
-    ckpt = ckpt or SMALL
+    from reid_nb.parts.weights import default_checkpoint
+    ckpt = ckpt or default_checkpoint()
     (model, meta), known = load_model(ckpt), read_thresholds(ckpt)
     if not known.get('thresholds'):
         raise BadInput(f'{ckpt}: no thresholds for it beside it: reid_calibrate measures them')
-    return Matcher(lambda crops: embed(model, meta, crops), sha256(ckpt), known['thresholds'])
+    return Matcher(lambda crops: embed(model, meta, crops), sha256(ckpt), known['thresholds'],
+                   calibration_words(known), Path(ckpt))
 
 # %% ../../nbs/parts/15_tracks.ipynb #353e1514
 @dataclass

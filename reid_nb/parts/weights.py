@@ -7,10 +7,11 @@ __all__ = ['log', 'PREFIXES', 'NESTS', 'NUMBERS', 'RESIZES', 'STATS', 'BYTES', '
            'save_checkpoint', 'read_safetensors', 'load_checkpoint', 'numpy_number', 'innermost', 'read_weights',
            'Transfer', 'match_weights', 'fit_weights', 'transfer_weights', 'read_image', 'embed_with', 'pooled',
            'OnnxModel', 'check_kind', 'check_meta', 'build_model', 'load_model', 'embed', 'slim', 'Pixels',
-           'export_onnx', 'thresholds_path', 'read_thresholds']
+           'export_onnx', 'thresholds_path', 'read_thresholds', 'calibration_words', 'library', 'usable_checkpoints',
+           'default_checkpoint']
 
 # %% ../../nbs/parts/12_weights.ipynb #82674145
-import json, logging, math, re, warnings
+import json, logging, math, os, re, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -456,3 +457,27 @@ def read_thresholds(
     if digest != sha256(ckpt): raise BadInput(f'{path}: of another checkpoint: {again}')
     return known
 
+
+# %% ../../nbs/parts/12_weights.ipynb #50e52193
+def calibration_words(known): return f"calibrated on {known['protocol']}" if 'protocol' in known else ''
+
+# %% ../../nbs/parts/12_weights.ipynb #1f92f730
+def library()->Path: # ~/.cache/reid_nb, or what REID_HOME says
+    "Give the folder of imported networks."
+    return Path(os.environ.get('REID_HOME') or Path.home()/'.cache'/'reid_nb')
+
+def usable_checkpoints()->list: # Of Path, the preferred one first
+    "List the networks that can decide: those of the library that have thresholds, the largest first, and `SMALL`."
+    found = []
+    for path in sorted(library().glob('*.safetensors')):
+        try: known = read_thresholds(path)
+        except (BadInput, OSError) as e: log.warning(f'{e}; until then it is left out')
+        else: found += [path]*bool(known.get('thresholds'))
+    return [*sorted(found, key=lambda p: -p.stat().st_size), SMALL]
+
+# %% ../../nbs/parts/12_weights.ipynb #be14801e
+def default_checkpoint(
+    digest:str=None, # SHA-256 of the one wanted; None: any
+)->Path: # None where none has that digest
+    "Choose the network where none is named."
+    return next((p for p in usable_checkpoints() if digest in (None, sha256(p))), None)
