@@ -41,7 +41,7 @@ def network(toy):
 @pytest.fixture
 def site(network, toy, tmp_path):
     "The running demo, with nobody enrolled: (its address, the gallery's folder)"
-    app = demo.build_demo(tmp_path/'gallery', network, examples=toy/'clips')
+    app = demo.build_demo(tmp_path/'gallery', network, 'motion', examples=toy/'clips')
     _, url, _ = serve_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
     yield url, tmp_path/'gallery'
     app.close()
@@ -208,13 +208,13 @@ TYPE_AT_ONCE = """text => new MutationObserver((_, observer) => {
 def test_a_late_list_undoes_no_choice(browser, site, network, toy, monkeypatch):
     "Who is faster than a slow server's list keeps choice and words; who comes back finds nothing chosen."
     url, gallery = site
-    enroll('Ada', toy/'clips'/'ada_c1.mp4', gallery, network)
+    enroll('Ada', toy/'clips'/'ada_c1.mp4', gallery, network, weights='motion')
     v, come, people_now = Visitor(browser, url), threading.Event(), demo.DemoBackend.people
     v.tab('Gallery')
     ada, new_name = v.panel.get_by_label('Ada'), v.panel.get_by_label('New name')
     ada.wait_for()
     v.tab('Enrollment')
-    enroll('Bruno', toy/'clips'/'bruno_c1.mp4', gallery, network)
+    enroll('Bruno', toy/'clips'/'bruno_c1.mp4', gallery, network, weights='motion')
     monkeypatch.setattr(demo.DemoBackend, 'people', lambda self: come.wait(60) and people_now(self))
     v.tab('Gallery')
     ada.check()
@@ -236,7 +236,7 @@ def test_a_late_list_undoes_no_choice(browser, site, network, toy, monkeypatch):
 def test_late_pictures_do_not_replace_a_receipt(browser, site, network, toy, monkeypatch):
     "Who is faster than a slow server's pictures of a person sees the receipt, not the pictures of who is forgotten."
     url, gallery = site
-    enroll('Ada', toy/'clips'/'ada_c1.mp4', gallery, network)
+    enroll('Ada', toy/'clips'/'ada_c1.mp4', gallery, network, weights='motion')
     come, started, show_now = threading.Event(), threading.Event(), demo.DemoBackend.show_samples
     def late(self, *args):
         pictures = show_now(self, *args)

@@ -28,7 +28,7 @@ def page(tmp_path_factory):
     "The running demo with Ada enrolled: its port"
     root = tmp_path_factory.mktemp('serve')/'gallery'
     Gallery(root, MATCHER, create=True).add('Ada', template())
-    app = demo.build_demo(root, MATCHER)
+    app = demo.build_demo(root, MATCHER, 'motion')
     _, url, _ = serve_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False, names=['reid.example.org'])
     yield int(url.rstrip('/').rsplit(':', 1)[1])
     app.close()
@@ -205,13 +205,13 @@ def test_launching_never_ends_in_a_traceback(monkeypatch, tmp_path):
 # --- what was swept away, and what nobody foresaw
 
 def test_a_clip_that_was_swept_away(page, tmp_path, capfd):
-    backend = demo.DemoBackend(tmp_path/'g', MATCHER)
+    backend = demo.DemoBackend(tmp_path/'g', MATCHER, 'motion')
     reply = backend.enroll_clip(str(tmp_path/'gone.mp4'), 0, 10, 'Ada', True)
     assert 'upload it again' in reply.html and 'class="answer error"' in reply.html
     assert 'upload it again' in page_.slider_updates(str(tmp_path/'gone.mp4'))[2]
 
 def test_a_fault_is_an_answer(tmp_path, monkeypatch, capfd):
-    backend = demo.DemoBackend(tmp_path/'g', MATCHER)
+    backend = demo.DemoBackend(tmp_path/'g', MATCHER, 'motion')
     def no(*args): raise ZeroDivisionError('division by zero')
     monkeypatch.setattr(demo, 'check_range', no)
     assert 'a fault of this page, ZeroDivisionError' in backend.enroll_clip('a.mp4', 0, 9, 'Ada', True).html
