@@ -21,7 +21,7 @@ from .core import BadInput, sha256
 from .detect import detect_people, ONLY_MOTION
 from .detections import fit_boxes
 from .video import show_times
-from .weights import read_thresholds
+from .weights import calibration_words, read_thresholds
 
 # %% ../../nbs/parts/15_tracks.ipynb #ff9f2eee
 def frame_times(
@@ -226,6 +226,7 @@ class Matcher:
     embed:object # Function: list of uint8[h,w,3] RGB crops -> float32[n,d], rows of length 1
     digest:str # SHA-256 of the checkpoint
     thresholds:dict # {'0.01': {'threshold', 'low', 'high', ...}, ...} by false match rate
+    calibration:str='' # On whom they were measured, see `calibration_words`
 
 def load_matcher(
     ckpt=None, # A checkpoint with its thresholds beside it; None: `SMALL`; a `Matcher` is returned
@@ -238,7 +239,8 @@ def load_matcher(
     (model, meta), known = load_model(ckpt), read_thresholds(ckpt)
     if not known.get('thresholds'):
         raise BadInput(f'{ckpt}: no thresholds for it beside it: reid_calibrate measures them')
-    return Matcher(lambda crops: embed(model, meta, crops), sha256(ckpt), known['thresholds'])
+    return Matcher(lambda crops: embed(model, meta, crops), sha256(ckpt), known['thresholds'],
+                   calibration_words(known))
 
 # %% ../../nbs/parts/15_tracks.ipynb #353e1514
 @dataclass
