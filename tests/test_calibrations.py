@@ -101,11 +101,13 @@ def known_once(files, tmp_path_factory):
         path = keep_calibration(ckpt, tmp/'calibrations')
         yield path, path.read_bytes(), tmp
 
-def test_damage_is_one_line_of_the_command(files, known, tmp_path, monkeypatch):
-    known.write_bytes(known.read_bytes()[:-9])
-    with pytest.raises(BadInput, match=f'{known}: damaged.*install reid_nb again') as e:
-        import_weights(files/'a.pth', out=tmp_path/'ours')
-    assert '\n' not in str(e.value) and not [*tmp_path.glob('ours*')]
+def test_damage_is_one_line_of_the_command(files, known, tmp_path):
+    whole = known.read_text()
+    for text in whole[:-9], json.dumps(json.loads(whole) | dict(identities='many')), whole.replace('0.7', '"a"'):
+        known.write_text(text)
+        with pytest.raises(BadInput, match=f'{known}: damaged.*install reid_nb again') as e:
+            import_weights(files/'a.pth', out=tmp_path/'ours')
+        assert '\n' not in str(e.value) and not [*tmp_path.glob('ours*')]
     assert import_weights(files/'b.pth', out=tmp_path/'ours')[0].exists()    # what is not asked for does no harm
 
 def test_what_can_be_kept(files, known, tmp_path):
@@ -132,7 +134,9 @@ def test_drift_tells_whose_they_are(toy, known, files, tmp_path):
     market = read_benchmark('market_folder', toy/'market')
     rng = np.random.default_rng(0)
     qf, gf = (abs(rng.normal(size=(len(x), 8))) for x in (market.query, market.gallery))
-    assert check_drift(read_thresholds(out), market, qf, gf).endswith(f'data like this (now they are {WORDS})')
+    there = read_thresholds(out)
+    assert check_drift(there, market, qf, gf).endswith(f'data like this (now they are {WORDS})')
+    assert check_drift(there | dict(scores={}), market, qf, gf) == ''
 
 def test_an_answer_tells_whose_they_are(tmp_path):
     "In its text and in its JSON, the commands' as well."
