@@ -115,7 +115,8 @@ def identify(
     tracks = find_tracks(video, weights, start, stop, progress=progress)
     (good, why), times = require_usable(video, tracks, weights=weights), frame_times(video)
     decisions = [decide(t, make_template(t, matcher), here, zone, times, name) for t in good]
-    outcome = Outcome(name, decisions, why, float(fmr), Path(weights).name, tracks)
+    outcome = Outcome(name, decisions, why, float(fmr), Path(weights).name, tracks,
+                      calibration=matcher.calibration)
     if film: draw_film(video, film, tracks, film_labels(outcome), start, stop, progress)
     log_outcome(outcome, here, who)
     return outcome

@@ -140,6 +140,7 @@ class Outcome:
     detector:str     # 'motion', or the name of the weights
     tracks:list=field(repr=False) # Everybody who was seen
     notes:list=field(default_factory=list) # What went wrong beside the answer, a line each
+    calibration:str='' # On whom the thresholds were measured; '': not known
 
     @property
     def answer(self):
@@ -169,6 +170,7 @@ def explain(
         lines.append(f'{describe(d.track, d.seen)}: {found}; score {d.score:.3f}, '
                      f'match from {d.upper:.3f}, no match below {d.lower:.3f}')
     lines += [f'person {n}: not decided: {why}' for n, why in outcome.skipped.items()]
+    if outcome.calibration: lines.append(f'thresholds: {outcome.calibration}')
     known = [d.name for d in outcome.decisions if d.answer == 'match']
     if who is None:
         head = f'{len(known)} of {len(outcome.decisions)} people identified'

@@ -7,8 +7,8 @@ __all__ = ['log', 'PREFIXES', 'NESTS', 'NUMBERS', 'RESIZES', 'STATS', 'BYTES', '
            'save_checkpoint', 'read_safetensors', 'load_checkpoint', 'numpy_number', 'innermost', 'read_weights',
            'Transfer', 'match_weights', 'fit_weights', 'transfer_weights', 'read_image', 'embed_with', 'pooled',
            'OnnxModel', 'check_kind', 'check_meta', 'build_model', 'load_model', 'embed', 'slim', 'Pixels',
-           'export_onnx', 'thresholds_path', 'read_thresholds', 'calibration_words', 'library', 'usable_checkpoints',
-           'default_checkpoint']
+           'export_onnx', 'thresholds_path', 'calibration_words', 'load_thresholds', 'read_thresholds', 'library',
+           'usable_checkpoints', 'default_checkpoint']
 
 # %% ../../nbs/parts/12_weights.ipynb #82674145
 import json, logging, math, os, re, warnings
@@ -436,30 +436,48 @@ def thresholds_path(
     "Name the file beside a checkpoint that holds its thresholds."
     return Path(ckpt).with_suffix('.thresholds.json')
 
-def read_thresholds(
-    ckpt, # A checkpoint
-)->dict: # What is in `<checkpoint>.thresholds.json`; {} where there is none; raises `BadInput` for a damaged
-         # file, and for one that is of other weights
-    "Read the thresholds that have been chosen for a checkpoint."
-    path, again = thresholds_path(ckpt), f'reid_calibrate {ckpt} --data ROOT measures them anew'
+# %% ../../nbs/parts/12_weights.ipynb #3381b519
+def calibration_words(
+    known:dict, # Of `read_thresholds`
+)->str: # Such as 'calibrated on cuhk03_p1, 100 people'; raises `TypeError` and `ValueError` for a damaged file's
+    "Say on whom thresholds were measured."
+    if not known.get('thresholds'): return 'not calibrated'
+    protocol,data = (known.get(k) for k in ('protocol','data'))
+    where = f'{data} ({protocol})' if data and data!=protocol else protocol
+    people = f'{known["identities"]:,} people' if 'identities' in known else ''
+    words = ' '.join(', '.join(x for x in (where, people) if x).split())
+    return f'calibrated on {words or "people who are not named"}'.encode(errors='replace').decode()
+
+# %% ../../nbs/parts/12_weights.ipynb #352fbfe8
+def load_thresholds(
+    path, # A file of thresholds
+    again:str, # What to do about a damaged one
+)->dict: # What is in it; {} where there is none; raises `BadInput` for a damaged file
+    "Read a file of thresholds, of whichever checkpoint."
     try:
-        known = json.loads(path.read_text(encoding='utf-8'))
-        digest,points,old = known['checkpoint_digest'],known['thresholds'],known.get('scores', {})
+        known = json.loads(Path(path).read_text(encoding='utf-8'))
+        points,old = known['thresholds'],known.get('scores', {})
         rows = [(float(rate), *(t[k] for k in ('low','high')), t.get('threshold', 0)) for rate,t in points.items()]
         numbers = np.array([x for row in rows for x in row] + [*old.get('edges', ()), *old.get('impostor', ())], float)
         if not np.isfinite(numbers).all(): raise ValueError('not a number in it')
         if not all(0<rate<1 and low<=high and f'{rate:g}' in points for rate,low,high,_ in rows):
             raise ValueError('its rates or intervals cannot be')
         if old and len(old['edges'])!=len(old['impostor'])+1: raise ValueError('its scores do not fit their edges')
+        known['checkpoint_digest'],calibration_words(known)
     except FileNotFoundError: return {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise BadInput(f'{path}: damaged ({e!r}): {again}') from None
-    if digest != sha256(ckpt): raise BadInput(f'{path}: of another checkpoint: {again}')
     return known
 
-
-# %% ../../nbs/parts/12_weights.ipynb #50e52193
-def calibration_words(known): return f"calibrated on {known['protocol']}" if 'protocol' in known else ''
+def read_thresholds(
+    ckpt, # A checkpoint
+)->dict: # What is in `<checkpoint>.thresholds.json`; {} where there is none; raises `BadInput` for a damaged
+         # file, and for one that is of other weights
+    "Read the thresholds that have been chosen for a checkpoint."
+    path,again = thresholds_path(ckpt),f'reid_calibrate {ckpt} --data ROOT measures them anew'
+    known = load_thresholds(path, again)
+    if known and known['checkpoint_digest']!=sha256(ckpt): raise BadInput(f'{path}: of another checkpoint: {again}')
+    return known
 
 # %% ../../nbs/parts/12_weights.ipynb #1f92f730
 def library()->Path: # ~/.cache/reid_nb, or what REID_HOME says

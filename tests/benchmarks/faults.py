@@ -65,6 +65,18 @@ FAULTS = [
     ('parts/published', 'if theirs & head else', 'if False else', 'tests/test_published.py -k embeds_the_same'),
     ('parts/published', 'if sha256(path)!=e.sha256:', 'if False:', 'tests/test_published.py -k wrong_digest'),
     ('parts/published', "{int(m[1]) - 1}.{m[2]}", "{int(m[1])}.{m[2]}", 'tests/test_published.py -k both_ways'),
+    # Calibrations
+    ('parts/published', "known.get('inputs')==inputs_of(meta)", 'known', 'tests/test_calibrations.py -k known_file'),
+    ('parts/published', 'if known and not beside.exists()', 'if known', 'tests/test_calibrations.py -k ones_own'),
+    ('parts/published', 'dict(checkpoint_digest=sha256(out))', '{}', 'tests/test_calibrations.py -k known_file'),
+    ('parts/published', 'else Path(name).name', 'else name', 'tests/test_calibrations.py -k same_file'),
+    ('parts/weights', "known['checkpoint_digest'],calibration_words(known)", "known['checkpoint_digest']",
+     'tests/test_calibrations.py -k one_line_of_the_command'),
+    ('parts/scoring', 'dict(data=Path(data).resolve().name if data else None, ', 'dict(',
+     'tests/test_calibrations.py -k where_and_when'),
+    ('parts/drift', 'warning and f', 'warning or f', 'tests/test_calibrations.py -k drift'),
+    ('parts/decisions', 'if outcome.calibration: lines', 'if False: lines', 'tests/test_calibrations.py -k an_answer'),
+    ('biometrics', 'calibration=matcher.calibration', "calibration=''", 'tests/test_calibrations.py -k an_answer'),
     ('parts/supervised', "if stem!='padded':", 'if False:', 'tests/test_published.py -k fine_tuning'),
     ('parts/encoder', 'image[...,::-1]) if bgr', 'image) if bgr', 'tests/test_notebooks.py -k 31_encoder'),
     # Networks, heads, losses
