@@ -169,12 +169,13 @@ def start(args, **env):
 @pytest.mark.parametrize('env', [dict(http_proxy='http://127.0.0.1:9', HTTPS_PROXY='http://127.0.0.1:9'),
                                  dict(ALL_PROXY='socks5://127.0.0.1:9'), dict(all_proxy='socks4://x', no_proxy='')])
 def test_proxies_do_not_matter(tmp_path, env):
-    p, port, status = start(['--gallery', tmp_path/'g'], **env)
+    p, port, status = start(['--gallery', tmp_path/'g'], REID_HOME=str(tmp_path/'none'), **env)
     time.sleep(3)       # what launching looks at comes after the first answer
-    ended = p.poll()
+    ended, config = p.poll(), ask(port, 'GET', '/config')[1] if status else ''
     p.kill()
     out, err = p.communicate()
     assert status == 200 and ended is None, (out, err)
+    assert 'the small one in the box' in config and 'get_network' in config     # nothing was downloaded for it
 
 def test_proxies_come_back(monkeypatch):
     monkeypatch.setenv('http_proxy', 'http://a:1')

@@ -13,7 +13,7 @@ from .core import BadInput
 from .gallery import reembed_gallery
 from .page import (
     answer_box, connect_buttons, EditingBackend, gr, no_progress, PRIVATE, rate_choices, Reply, serve_in_turn)
-from .published import import_weights, REGISTRY
+from .published import CALIBRATIONS, import_weights, REGISTRY
 from .tracks import load_matcher
 from .weights import load_checkpoint, read_thresholds, SMALL
 
@@ -73,9 +73,12 @@ def network_box(
 )->SimpleNamespace: # head, box, button, out: parts of the page
     "Show the heading, and offer a better network where it is the small one."
     head, e = gr.Markdown(heading(backend)), REGISTRY[BETTER]
+    ready = (CALIBRATIONS/f'{e.sha256}.json').is_file()
+    own = 'come along' if ready else 'are not known: before it decides anything, `reid_calibrate` has to measure them'
     with gr.Accordion('A better network', open=False, visible=backend.matcher.path == SMALL) as box:
         gr.Markdown(f'`{BETTER}` learned from {e.trained_on}. The button downloads it from the Hugging Face Hub '
-                    f'({e.bytes/1e6:.0f} MB), as `reid_import {BETTER}` does in a terminal. It is {e.terms}.')
+                    f'({e.bytes/1e6:.0f} MB), as `reid_import {BETTER}` does in a terminal. Its thresholds {own}. '
+                    f'It is {e.terms}.')
         button = gr.Button('Get a network trained on more cameras')
         out = [gr.HTML(label='Answer'), gr.JSON(label='Answer as data', visible=False)]
     return SimpleNamespace(head=head, box=box, button=button, out=out)
