@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from urllib.request import urlopen
@@ -224,6 +225,22 @@ def test_who_finds_people_is_one_of_those_offered(backend, films):
     got = other.enroll_clip(films['red'], 0, 59, 'Red', True, None, '/etc/other.pt')
     assert 'unknown detector' in got.data['error'] and other.names() == []
     assert kind(other.enroll_clip(films['red'], 0, 59, 'Red', True, None, 'motion')) == 'good'
+
+NUMBERS = st.one_of(st.none(), st.integers(-99, 10**12), st.floats(-99, 1e12))
+
+@given(NUMBERS, NUMBERS, st.text(), st.booleans(), st.one_of(st.none(), st.text()))
+@settings(max_examples=60, deadline=None)
+def test_whatever_a_program_asks(films, first, last, name, sure, detector):
+    "An answer, or one line that says why not; nothing is stored on the way."
+    with tempfile.TemporaryDirectory() as root:
+        page = demo.DemoBackend(Path(root)/'g', MATCHER, 'motion')
+        for got in (page.enroll_clip(films['nobody'], first, last, name, sure, None, detector),
+                    page.verify_clip(films['short'], first, last, name, '0.01', detector),
+                    page.identify_clip(films['short'], first, last, name, 'query', '0.01', detector),
+                    page.rename(name, name), page.merge(name, name), page.erase(name, sure)):
+            why = got.data['error']
+            assert why and len(why.splitlines()) == 1 and 'fault of this page' not in why and root not in why, why
+        assert page.names() == [] and crops(root) == []
 
 # --- which network
 

@@ -195,7 +195,7 @@ Reply.__doc__ = "An answer as HTML and as data for programs, a film (path or Non
 
 def refusal(kind, text):
     "Say why there is no answer, to people and to programs."
-    return Reply(answer_box(kind, text), dict(error=text))
+    return Reply(answer_box(kind, text), dict(error=' '.join(text.split())))
 
 def complaint(e):
     "Put an exception into one line; what nobody foresaw goes to standard error in full."
