@@ -8,7 +8,6 @@ __all__ = ['log', 'decision_zone', 'classify_score', 'enroll', 'rank_people', 'd
 
 # %% ../nbs/06_biometrics.ipynb #e4534613
 import logging
-from pathlib import Path
 
 import numpy as np
 from fastcore.meta import delegates
@@ -52,19 +51,19 @@ def enroll(
     checkpoint:str=None, # Default the gallery's; for a new one an imported one, or the small model
     start:int=0, # First frame
     stop:int=None, # Frame to stop before; default the end
-    weights:str='motion', # motion (fixed cameras), or Ultralytics weights
+    weights:str='auto', # Ultralytics weights, or motion (fixed cameras); auto: the best that can be had here
     track:int=None, # Number of the person in the clip, where there are several
     consent:str='', # Who agreed to what, in words
     progress=None, # See `find_tracks`
-)->dict: # See `Gallery.add`, and `alike`: (name, score) of others who may be the same person; raises `BadInput`
-       # or `SeveralPeople`, and then nothing is stored
+)->dict: # See `Gallery.add`; `alike`: (name, score) of others who may be the same person; `detector` and `found_by`, as
+       # in `Outcome`; raises `BadInput` or `SeveralPeople`, and then nothing is stored
     "Enrol one person from a clip; enrolling again adds."
     name, matcher = clean_name(name), gallery_matcher(gallery, checkpoint)
-    tracks, why = find_usable_tracks(video, weights, start, stop, progress)
-    template = make_template(choose_track(video, tracks, why, track), matcher)
+    tracks = find_tracks(video, weights, start, stop, progress=progress)
+    template = make_template(choose_track(video, *require_usable(video, tracks), track), matcher)
     here = Gallery(gallery, matcher, create=True)
     alike = other_names(here, name, template)
-    return here.add(name, template, consent) | dict(alike=alike)
+    return here.add(name, template, consent) | dict(alike=alike, detector=tracks.detector, found_by=tracks.found_by)
 
 # %% ../nbs/06_biometrics.ipynb #780501b1
 def rank_people(
@@ -100,7 +99,7 @@ def identify(
     checkpoint:str=None, # Default the gallery's, see `gallery_matcher`
     start:int=0, # First frame
     stop:int=None, # Frame to stop before; default the end
-    weights:str='motion', # motion (fixed cameras), or Ultralytics weights
+    weights:str='auto', # Ultralytics weights, or motion (fixed cameras); auto: the best that can be had here
     fmr:float=.01, # False match rate of each comparison
     film:str=None, # Video to make, with boxes and names (.mp4)
     progress=None, # See `find_tracks`
@@ -113,10 +112,10 @@ def identify(
     if name is None: here.index.load()   # an empty gallery complains before the long part
     zone = decision_zone(here.thresholds, fmr)
     tracks = find_tracks(video, weights, start, stop, progress=progress)
-    (good, why), times = require_usable(video, tracks, weights=weights), frame_times(video)
+    (good, why), times = require_usable(video, tracks), frame_times(video)
     decisions = [decide(t, make_template(t, matcher), here, zone, times, name) for t in good]
-    outcome = Outcome(name, decisions, why, float(fmr), Path(weights).name, tracks,
-                      calibration=matcher.calibration)
+    outcome = Outcome(name, decisions, why, float(fmr), tracks.detector, tracks,
+                      calibration=matcher.calibration, found_by=tracks.found_by)
     if film: draw_film(video, film, tracks, film_labels(outcome), start, stop, progress)
     log_outcome(outcome, here, who)
     return outcome
@@ -146,6 +145,7 @@ def reid_enroll(
     with progress_bar() as progress: done = enroll(name, video, progress=progress, **kwargs)
     if json: return print(as_json(done))
     print(f'{done["name"]}: {len(done["crops"])} crops added, {done["templates"]} templates now')
+    if done['found_by']: print(done['found_by'])
     for line in same_person(done): log.warning(line)
 
 # %% ../nbs/06_biometrics.ipynb #1cead995

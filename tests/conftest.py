@@ -9,6 +9,8 @@ from filelock import FileLock
 
 # Trainings are compared bit by bit, and several programs share two cores: one thread each.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# With a network and without, the people of the drawn clips are found by the same detector.
+os.environ.setdefault('REID_DETECTOR', 'motion')
 
 ROOT = Path(__file__).resolve().parent.parent
 # What you have imported is not what the tests are about.
