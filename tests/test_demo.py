@@ -17,6 +17,7 @@ from gradio_client import Client, handle_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_biometrics import BLUE, MATCHER, POINTS, RED, ckpt, colours, crops, files, film, films, template
+from test_people import fresh
 from test_published import entry, hub
 
 from reid_nb import biometrics as bio
@@ -295,18 +296,20 @@ def test_a_download_when_the_button_is_pressed(hub, monkeypatch, tmp_path):
     assert asked == [] and page.matcher.path == SMALL
     assert 'calibrate it with reid_calibrate' in page.get_network().data['error'] and asked
 
-def test_a_fresh_machine(toy, monkeypatch, tmp_path):
+def test_a_fresh_machine(fresh, toy, monkeypatch):
     "No weights, no network: the page starts, says what it has, and works on the toy clips; a download fails soon."
     import huggingface_hub.constants as constants
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(fresh/'cache'))
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
-    monkeypatch.setenv('REID_HOME', str(tmp_path/'home'))
-    app = demo.build_demo(tmp_path/'gallery', weights='motion', examples=toy/'clips')
+    app = demo.build_demo(fresh/'gallery', examples=toy/'clips')
     _, url, _ = serve_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
-    page = Client(url, verbose=False)
+    page = Client(url, verbose=False, download_files=fresh/'films')
     assert 'the small one in the box' in json.dumps(page.config) and 'ada_c1' in json.dumps(page.config)
     def ask(clip, service, **given):
-        return page.predict(video=handle_file(str(toy/'clips'/f'{clip}.mp4')), **given, api_name=f'/{service}')[1]
+        clip = handle_file(str(toy/'clips'/f'{clip}.mp4'))
+        words, data, *_ = page.predict(video=clip, **given, api_name=f'/{service}')
+        assert data['detector'] == 'motion' and 'found by motion' in words and 'found by motion' in data['found_by']
+        return data
     assert ask('ada_c1', 'enroll', name='Ada', consent=True)['name'] == 'Ada'
     assert ask('ada_c3', 'identify')['decisions'][0]['ranking'][0][0] == 'Ada'
     began = time.monotonic()
