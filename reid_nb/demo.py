@@ -72,6 +72,7 @@ class EnrollBackend(VerifyBackend):
                            self.detector(detector), person or None, CONSENT, progress)
         except SeveralPeople as e: return ask_who(video, e.tracks, self.new_film(), start, stop, progress)
         lines = [f'{len(done["crops"])} crops added', f'templates in all: {done["templates"]}', *same_person(done)]
+        if done['found_by']: lines.append(done['found_by'])
         return Reply(answer_box('good', f'Completed: {done["name"]} is enrolled.', lines,
                                 captioned_crops(self.gallery, done['crops'])), done)
 
