@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from playwright.sync_api import expect, sync_playwright
+from test_demo import better  # noqa: F401
 
 from reid_nb import demo
+from reid_nb.parts import network as network_
 from reid_nb.parts import serve as serve_
 from reid_nb.parts import page as page_
 from reid_nb.parts import tracks as people
 from reid_nb.biometrics import enroll
 from reid_nb.evaluate import calibrate
 from reid_nb.finetune import finetune
+from reid_nb.parts.weights import SMALL
 
 SHOTS = Path(os.environ.get('REID_SCREENSHOTS', ROOT/'nbs'/'_run'/'screenshots'))
 SIZES = dict(desktop=dict(width=1280, height=900), phone=dict(width=375, height=812))
@@ -362,6 +365,30 @@ def test_keyboard_and_labels(browser, site):
         if v.page.evaluate('document.activeElement.innerText') == 'Submit': break
     v.page.keyboard.press('Enter')
     assert 'no identity is claimed' in v.answer('error')
+
+@pytest.mark.long
+def test_a_better_network(browser, better, toy, tmp_path, monkeypatch):  # noqa: F811
+    "It is got when the button is pressed, stands under the heading at once, and is not offered again."
+    got = []
+    monkeypatch.setattr(network_, 'import_weights', lambda name: got.append(name) or (better, None))
+    app = demo.build_demo(tmp_path/'gallery', SMALL, examples=toy/'clips')
+    _, url, _ = serve_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
+    v = Visitor(browser, url, 'phone')
+    v.page.get_by_text('the small one in the box').wait_for()
+    v.page.get_by_text('A better network', exact=True).click()
+    assert got == []
+    v.page.get_by_role('button', name='Get a network trained on more cameras').click()
+    v.page.get_by_text(f'{better.stem} is used from now on').wait_for()
+    v.page.locator('strong').get_by_text(better.stem, exact=True).wait_for()
+    v.shot('better_network')
+    v.page.get_by_label('motion: whatever moves').check()
+    assert 'Ada is enrolled' in enrol(v, 'Ada', 'ada_c1') and got == [better.stem]
+    v.page.reload()
+    v.page.locator('strong').get_by_text(better.stem, exact=True).wait_for()
+    expect(v.page.get_by_text('A better network', exact=True)).not_to_be_visible(timeout=60_000)
+    assert v.errors == []
+    fits(v)
+    app.close()
 
 @pytest.mark.long
 def test_who_has_no_password_stays_outside(browser, network, tmp_path):
