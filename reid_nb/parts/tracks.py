@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKER_LOCK', 'frame_times', 'QualityGate', 'sharpness', 'Shot', 'largest_overlap', 'check_person', 'check_people',
-           'Track', 'follow_people', 'Tracks', 'any_usable', 'find_tracks', 'progress_bar', 'select_usable',
+           'Track', 'follow_people', 'ClipTracks', 'any_usable', 'find_tracks', 'progress_bar', 'select_usable',
            'require_usable', 'visible_intervals', 'describe', 'Matcher', 'load_matcher', 'Template', 'make_template']
 
 # %% ../../nbs/parts/15_tracks.ipynb #a359ad52
@@ -162,7 +162,7 @@ def follow_people(
     return ordered
 
 # %% ../../nbs/parts/15_tracks.ipynb #907206e2
-class Tracks(list):
+class ClipTracks(list):
     "The people of a clip, and what has found them."
     def __init__(self,
         tracks=(), # From `follow_people`
@@ -186,19 +186,19 @@ def find_tracks(
     stop:int=None, # Frame to stop before; None: the end
     gate:QualityGate=QualityGate(), # Limits
     progress=None, # Called with (share done, 0 to 1; what is done); what it raises ends the job
-)->Tracks: # A `Track` for each person; raises `BadInput` for a bad video, weights or range
+)->ClipTracks: # A `Track` for each person; raises `BadInput` for a bad video, weights or range
     "Detect and track everybody in a part of a clip."
     rest = start, stop, gate, progress
-    if weights != 'auto': return Tracks(follow_people(video, weights, *rest), Path(weights).name)
+    if weights != 'auto': return ClipTracks(follow_people(video, weights, *rest), Path(weights).name)
     chosen, why = auto_weights()
     name = Path(chosen.partition('::')[0]).stem
-    tracks = Tracks(follow_people(video, chosen, *rest), Path(chosen).name, f'found by {name}')
+    tracks = ClipTracks(follow_people(video, chosen, *rest), Path(chosen).name, f'found by {name}')
     if chosen == 'motion': tracks.found_by = f'found by motion: {why}' if why else ''
     elif not any_usable(tracks, gate):
         try: moving = follow_people(video, 'motion', *rest)
         except BadInput: moving = []       # the camera moves
         nobody = f'{name} found nobody' + ' well enough'*bool(tracks)
-        if any_usable(moving, gate): return Tracks(moving, 'motion', f'found by motion: {nobody}')
+        if any_usable(moving, gate): return ClipTracks(moving, 'motion', f'found by motion: {nobody}')
     return tracks
 
 # %% ../../nbs/parts/15_tracks.ipynb #3c98b712
