@@ -113,7 +113,7 @@ def measure(ckpt, sets, masks, street, cache):
     scores = [all_scores(features(f'{k}_query', x.query), features(f'{k}_gallery', x.gallery), *parts[k])
               for k, x in enumerate(sets)]
     matcher = Matcher(lambda crops: embed(model, meta, crops), '', {})
-    gallery, probes = (normalize([make_template(t, matcher).feature for _, t in part]) for part in street)
+    gallery, probes = (np.stack([make_template(t, matcher).feature for _, t in part]) for part in street)
     gp, qp = (np.array([[*ENROLLED].index(name) for name, _ in part]) for part in street)
     there = all_scores(probes, gallery, qp, gp, clusters)
     for name in there:
