@@ -21,7 +21,7 @@ setup(
     keywords=cfg['keywords'],
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[lib, f'{lib}.*']),
-    package_data={lib: ['weights/*']},
+    package_data={lib: ['weights/*', 'calibrations/*']},
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'ray', 'faiss', 'qdrant', 'onnx')},
     entry_points={'nbdev': [f'{lib}={lib}._modidx:d'],

@@ -66,7 +66,7 @@ def calibrate(
     with lock(thresholds_path(ckpt)):
         result = summarize(bench, *features_of(bench, ckpt), seed) | name_source(ckpt)
         for note in check_thresholds(result, bench, ckpt, data): log.warning(note)
-        write_thresholds(ckpt, result)
+        write_thresholds(ckpt, result, data)
     return result
 
 reid_calibrate = command(calibrate, describe_calibration, word='ckpt')

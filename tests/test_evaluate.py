@@ -199,7 +199,9 @@ def test_a_checkpoint(toy, tmp_path, run):
     evaluate(ckpt, toy, 'cuhk03_np_labeled')
     kept = json.loads(path.read_text())
     assert kept.pop('scores') == {k: here['scores'][k] for k in ('edges', 'impostor')}
-    assert kept == {k: here[k] for k in ('protocol', 'data_digest', 'checkpoint_digest', 'seed', 'thresholds')}
+    assert kept.pop('data') == 'market' and kept.pop('measured')
+    same = 'protocol', 'data_digest', 'checkpoint_digest', 'seed', 'identities', 'thresholds'
+    assert kept == {k: here[k] for k in same}
     the_mirror(toy, ckpt, path)
     old_and_moved_thresholds(toy, ckpt, path, kept, here)
     done = run('reid_evaluate', ckpt, '--data', toy/'market', '--embed_only', tmp_path/'f.npz')

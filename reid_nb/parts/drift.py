@@ -19,6 +19,7 @@ from reid_nb.parts.metrics import (
     best_answers, blocks, check_features, interval, missed, rank, rates_at, roc_points, score_counts, select_part,
     split_people)
 from .scoring import write_json
+from .weights import calibration_words
 
 # %% ../../nbs/parts/25_drift.ipynb #e1699f1e
 def some_of_each(
@@ -112,7 +113,8 @@ def check_drift(
     "Find drift in the impostor scores of other data than the thresholds were chosen on."
     if thresholds.get('data_digest') in (None, benchmark.digest): return ''
     counts = score_counts(benchmark, qf, gf)
-    return find_drift(thresholds, counts.edges[:-1], counts.impostor.sum(0))
+    warning = find_drift(thresholds, counts.edges[:-1], counts.impostor.sum(0))
+    return warning and f'{warning} (now they are {calibration_words(thresholds)})'
 
 # %% ../../nbs/parts/25_drift.ipynb #fa17b4bd
 def plot_roc(

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['TORCHREID', 'HEADS', 'TRUNK', 'BRANCHES', 'OLDER', 'GUESSES', 'TRAININGS_OWN', 'Entry', 'OSNET', 'MSMT17', 'TERMS',
-           'SCHEDULE', 'REGISTRY', 'FORMS', 'try_size', 'Imported', 'settings', 'plain_names', 'misfit',
+           'SCHEDULE', 'REGISTRY', 'CALIBRATIONS', 'FORMS', 'try_size', 'Imported', 'settings', 'plain_names', 'misfit',
            'find_torchreid', 'from_torchreid', 'mgn_name', 'fastreid_name', 'newer_names', 'fastreid_parts',
            'fill_fastreid', 'from_fastreid', 'from_backbone', 'from_onnx', 'from_roboflow', 'fetch', 'fetch_entry',
-           'library', 'checkpoint_path', 'recognize', 'obtain', 'import_weights', 'describe_import', 'reid_import',
-           'to_fastreid', 'to_torchvision', 'to_torchreid', 'export_weights', 'reid_export']
+           'inputs_of', 'known_calibration', 'keep_calibration', 'describe_matching', 'checkpoint_path', 'recognize',
+           'obtain', 'import_weights', 'describe_import', 'reid_import', 'to_fastreid', 'to_torchvision',
+           'to_torchreid', 'export_weights', 'reid_export']
 
 # %% ../../nbs/parts/30_published.ipynb #438d4875
 import json, os, re
 from collections import namedtuple
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,10 @@ import torch
 
 from .core import atomic_write, BadInput, choose, command, lock, parse_size, sha256
 from .models import build_backbone, OSNETS, ReidModel, RESNETS, torchreid_model, TorchreidModel
+from .scoring import write_json
 from .weights import (
-    build_model, BYTES, export_onnx, fit_weights, load_checkpoint, load_model, OnnxModel, read_weights, RESIZES,
-    save_checkpoint, STATS)
+    build_model, BYTES, calibration_words, export_onnx, fit_weights, library, load_checkpoint, load_model,
+    load_thresholds, OnnxModel, read_thresholds, read_weights, RESIZES, save_checkpoint, STATS, thresholds_path)
 
 # %% ../../nbs/parts/30_published.ipynb #db4184e5
 @torch.no_grad()
@@ -319,12 +322,17 @@ def fetch(
 )->Path: # The file in the client's cache; raises `BadInput` where it cannot be had
     "Download a file of the Hugging Face Hub, or take it from the cache."
     import huggingface_hub
+    from huggingface_hub.utils import get_session
     parts = address.removeprefix('hf://').split('/', 2)
     if len(parts)<3 or not all(parts): raise BadInput(f'{address}: write hf://owner/repository/file')
+    repo,file = '/'.join(parts[:2]),parts[2]
     from_where = dict(revision=revision, endpoint=os.environ.get('HF_ENDPOINT'))
-    try: return Path(huggingface_hub.hf_hub_download('/'.join(parts[:2]), parts[2], **from_where))
+    try:
+        if not huggingface_hub.try_to_load_from_cache(repo, file, revision=revision):   # the client tries for 40 s
+            get_session().head(huggingface_hub.hf_hub_url(repo, file, **from_where), timeout=5)
+        return Path(huggingface_hub.hf_hub_download(repo, file, **from_where))
     except Exception as e:  # of the client, of httpx, of the disk
-        why,repo,file = ' '.join(str(e).split())[:120],'/'.join(parts[:2]),parts[2]
+        why = ' '.join(str(e).split())[:120]
         raise BadInput(f'{address} cannot be had ({why}): where there is a network, get {file} from {repo} on the '
                        'Hugging Face Hub, then reid_import FILE') from None
 
@@ -339,11 +347,49 @@ def fetch_entry(
         raise BadInput(f'{path} is not the file that was published (SHA-256 {e.sha256[:12]}...): delete it, try again')
     return path
 
-# %% ../../nbs/parts/30_published.ipynb #1479ea2a
-def library()->Path: # ~/.cache/reid_nb, or what REID_HOME says
-    "Give the folder of imported networks."
-    return Path(os.environ.get('REID_HOME') or Path.home()/'.cache'/'reid_nb')
+# %% ../../nbs/parts/30_published.ipynb #591f1160
+CALIBRATIONS = Path(str(files('reid_nb')))/'calibrations'   # <digest of a published file>.json each
 
+def inputs_of(
+    meta:dict, # Settings of an import
+)->dict: # Those that scores depend on, as JSON has them
+    "Pick the settings under which thresholds hold."
+    return json.loads(json.dumps({k: meta[k] for k in ('kind','arch','size','mean','std','resize')}))
+
+def known_calibration(
+    digest:str, # Of a published file
+    meta:dict, # Settings of its import
+)->dict: # See `read_thresholds`; {} where none were measured with these settings; raises `BadInput` for a damaged file
+    "Look up the thresholds that come with the package."
+    known = load_thresholds(CALIBRATIONS/f'{digest}.json', 'install reid_nb again')
+    return known if known.get('inputs')==inputs_of(meta) else {}
+
+# %% ../../nbs/parts/30_published.ipynb #e0163b55
+def keep_calibration(
+    ckpt, # A checkpoint that was imported, with its thresholds beside it
+    folder=CALIBRATIONS, # Where imports look for them
+)->Path: # The file; raises `BadInput` where one of the two is missing
+    "Keep the thresholds of a published file for all who import it."
+    meta,known = load_checkpoint(ckpt)[1],read_thresholds(ckpt)
+    if not (known and meta.get('source_digest')): raise BadInput(f'{ckpt}: not imported from a file, or not calibrated')
+    path = Path(folder)/f'{meta["source_digest"]}.json'
+    write_json(path, known | dict(source=meta['source'], inputs=inputs_of(meta)))
+    return path
+
+# %% ../../nbs/parts/30_published.ipynb #1034e407
+def describe_matching(
+    ckpt, # A checkpoint
+)->str: # One line
+    "Say from which score two pictures match, and on whom that was measured; or that it was not."
+    own = f'reid_calibrate {ckpt} --data ROOT'
+    try: known = read_thresholds(ckpt)
+    except BadInput as e: return str(e)
+    if not known.get('thresholds'): return f'not calibrated: {own} measures its thresholds'
+    rate,t = next(iter(known['thresholds'].items()))
+    return (f'{calibration_words(known)}: match from {t["high"]:.3f} at FMR {100*float(rate):g} %; '
+            f'measure on your own: {own}')
+
+# %% ../../nbs/parts/30_published.ipynb #1479ea2a
 def checkpoint_path(
     source, # Name in the registry, 'hf://owner/repository/file', a file or a folder
 )->Path: # In `library` for what is downloaded, else in this folder; it need not be there
@@ -393,7 +439,7 @@ def import_weights(
     out=None, # The checkpoint; None: see `checkpoint_path`
     **how, # size, stats
 )->tuple: # Path of the checkpoint, and the `Imported`; raises `BadInput`
-    "Make a checkpoint of a published network."
+    "Make a checkpoint of a published network; thresholds that come with the package are put beside it."
     path,name,digest = obtain(source)
     how = {k: v for k,v in how.items() if v is not None}
     if known := REGISTRY.get(name): arch,how = arch or known.arch,dict(size=known.size, stats=known.stats) | how
@@ -402,12 +448,15 @@ def import_weights(
     found = recognize(path, arch, **how)
     try: found.model()
     except BadInput as e: raise BadInput(f'{path}, {found.origin}: {e}') from None
-    found.meta |= dict(source=name, source_digest=digest, source_kind=found.origin)
+    source = name if name in REGISTRY or name.startswith('hf://') else Path(name).name   # the same from every folder
+    found.meta |= dict(source=source, source_digest=digest, source_kind=found.origin)
+    known,beside = known_calibration(digest, found.meta),thresholds_path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with lock(out):
+    with lock(out), lock(beside):
         if out.exists() and load_checkpoint(out)[1].get('source_digest')!=digest:
             raise BadInput(f'{out} is there, and of another file: name one with --out')
         save_checkpoint(out, found.tensors, found.meta)
+        if known and not beside.exists(): write_json(beside, known | dict(checkpoint_digest=sha256(out)))
     return out,found
 
 # %% ../../nbs/parts/30_published.ipynb #8de512f2
@@ -415,7 +464,7 @@ def describe_import(
     out, # Path of the checkpoint
     found:Imported, # What is in it
 )->str: # Some lines
-    "Say what became of each tensor, and what was assumed."
+    "Say what became of each tensor, what was assumed, and whose thresholds it has."
     counted = [k for k in found.tensors if not k.endswith('num_batches_tracked')]
     m = found.meta
     named = f' ({", ".join(found.left[:3])}{" ..." if len(found.left)>3 else ""})' if found.left else ''
@@ -423,7 +472,7 @@ def describe_import(
     lines = [f'{found.origin}: ' + ('kept whole' if m['kind']=='onnx' else taken),
              f'input {m["size"][0]}x{m["size"][1]}, made smaller by {m["resize"]}, mean '
              + '{:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f}'.format(*m['mean'], *m['std'])]
-    return '\n'.join([*lines, *found.notes, str(out)])
+    return '\n'.join([*lines, *found.notes, describe_matching(out), str(out)])
 
 @command
 def reid_import(

@@ -15,6 +15,7 @@ import json, re
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -352,11 +353,13 @@ def write_json(
 def write_thresholds(
     ckpt, # A checkpoint
     result:dict, # Of `summarize`, with the checkpoint's digest
+    data=None, # The set's folder, for its name
 ):
-    "Write the thresholds of a checkpoint, and the impostor scores that they were chosen on."
-    keys = 'protocol', 'data_digest', 'checkpoint_digest', 'seed', 'thresholds'
+    "Write the thresholds of a checkpoint, the impostor scores that they were chosen on, and where and when it was."
+    keys = 'protocol', 'data_digest', 'checkpoint_digest', 'seed', 'identities', 'thresholds'
+    about = dict(data=Path(data).resolve().name if data else None, measured=str(date.today()))
     impostor = {k: result['scores'][k] for k in ('edges', 'impostor')}
-    write_json(thresholds_path(ckpt), {k: result[k] for k in keys} | dict(scores=impostor))
+    write_json(thresholds_path(ckpt), {k: result[k] for k in keys} | about | dict(scores=impostor))
 
 # %% ../../nbs/parts/24_scoring.ipynb #ad39fce5
 @contextmanager

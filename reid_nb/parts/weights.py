@@ -8,10 +8,11 @@ __all__ = ['log', 'PREFIXES', 'NESTS', 'NUMBERS', 'RESIZES', 'STATS', 'BYTES', '
            'Transfer', 'match_weights', 'fit_weights', 'transfer_weights', 'read_image', 'embed_with', 'pooled',
            'OnnxModel', 'check_kind', 'check_meta', 'build_model', 'load_model', 'embed', 'slim', 'Pixels',
            'export_onnx', 'norms', 'read_statistics', 'set_statistics', 'camera_statistics', 'embed_by_camera',
-           'thresholds_path', 'read_thresholds']
+           'thresholds_path', 'calibration_words', 'load_thresholds', 'read_thresholds', 'library',
+           'usable_checkpoints', 'default_checkpoint']
 
 # %% ../../nbs/parts/12_weights.ipynb #82674145
-import json, logging, math, re, warnings
+import json, logging, math, os, re, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -505,24 +506,66 @@ def thresholds_path(
     "Name the file beside a checkpoint that holds its thresholds."
     return Path(ckpt).with_suffix('.thresholds.json')
 
-def read_thresholds(
-    ckpt, # A checkpoint
-)->dict: # What is in `<checkpoint>.thresholds.json`; {} where there is none; raises `BadInput` for a damaged
-         # file, and for one that is of other weights
-    "Read the thresholds that have been chosen for a checkpoint."
-    path, again = thresholds_path(ckpt), f'reid_calibrate {ckpt} --data ROOT measures them anew'
+# %% ../../nbs/parts/12_weights.ipynb #3381b519
+def calibration_words(
+    known:dict, # Of `read_thresholds`
+)->str: # Such as 'calibrated on cuhk03_p1, 100 people'; raises `TypeError` and `ValueError` for a damaged file's
+    "Say on whom thresholds were measured."
+    if not known.get('thresholds'): return 'not calibrated'
+    protocol,data = (known.get(k) for k in ('protocol','data'))
+    where = f'{data} ({protocol})' if data and data!=protocol else protocol
+    people = f'{known["identities"]:,} people' if 'identities' in known else ''
+    words = ' '.join(', '.join(x for x in (where, people) if x).split())
+    return f'calibrated on {words or "people who are not named"}'.encode(errors='replace').decode()
+
+# %% ../../nbs/parts/12_weights.ipynb #352fbfe8
+def load_thresholds(
+    path, # A file of thresholds
+    again:str, # What to do about a damaged one
+)->dict: # What is in it; {} where there is none; raises `BadInput` for a damaged file
+    "Read a file of thresholds, of whichever checkpoint."
     try:
-        known = json.loads(path.read_text(encoding='utf-8'))
-        digest,points,old = known['checkpoint_digest'],known['thresholds'],known.get('scores', {})
+        known = json.loads(Path(path).read_text(encoding='utf-8'))
+        points,old = known['thresholds'],known.get('scores', {})
         rows = [(float(rate), *(t[k] for k in ('low','high')), t.get('threshold', 0)) for rate,t in points.items()]
         numbers = np.array([x for row in rows for x in row] + [*old.get('edges', ()), *old.get('impostor', ())], float)
         if not np.isfinite(numbers).all(): raise ValueError('not a number in it')
         if not all(0<rate<1 and low<=high and f'{rate:g}' in points for rate,low,high,_ in rows):
             raise ValueError('its rates or intervals cannot be')
         if old and len(old['edges'])!=len(old['impostor'])+1: raise ValueError('its scores do not fit their edges')
+        known['checkpoint_digest'],calibration_words(known)
     except FileNotFoundError: return {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise BadInput(f'{path}: damaged ({e!r}): {again}') from None
-    if digest != sha256(ckpt): raise BadInput(f'{path}: of another checkpoint: {again}')
     return known
 
+def read_thresholds(
+    ckpt, # A checkpoint
+)->dict: # What is in `<checkpoint>.thresholds.json`; {} where there is none; raises `BadInput` for a damaged
+         # file, and for one that is of other weights
+    "Read the thresholds that have been chosen for a checkpoint."
+    path,again = thresholds_path(ckpt),f'reid_calibrate {ckpt} --data ROOT measures them anew'
+    known = load_thresholds(path, again)
+    if known and known['checkpoint_digest']!=sha256(ckpt): raise BadInput(f'{path}: of another checkpoint: {again}')
+    return known
+
+# %% ../../nbs/parts/12_weights.ipynb #1f92f730
+def library()->Path: # ~/.cache/reid_nb, or what REID_HOME says
+    "Give the folder of imported networks."
+    return Path(os.environ.get('REID_HOME') or Path.home()/'.cache'/'reid_nb')
+
+def usable_checkpoints()->list: # Of Path, the preferred one first
+    "List the networks that can decide: those of the library that have thresholds, the largest first, and `SMALL`."
+    found = []
+    for path in sorted(library().glob('*.safetensors')):
+        try: known = read_thresholds(path)
+        except (BadInput, OSError) as e: log.warning(f'{e}; until then it is left out')
+        else: found += [path]*bool(known.get('thresholds'))
+    return [*sorted(found, key=lambda p: -p.stat().st_size), SMALL]
+
+# %% ../../nbs/parts/12_weights.ipynb #be14801e
+def default_checkpoint(
+    digest:str=None, # SHA-256 of the one wanted; None: any
+)->Path: # None where none has that digest
+    "Choose the network where none is named."
+    return next((p for p in usable_checkpoints() if digest in (None, sha256(p))), None)
