@@ -12,6 +12,7 @@ import logging
 import numpy as np
 from fastcore.meta import delegates
 
+from .parts.cameras import see_camera, with_cameras
 from .parts.core import BadInput, command
 from .parts.decisions import (
     choose_track, Decision, evidence, explain, film_labels, find_usable_tracks, log_outcome, most_similar_pair,
@@ -54,16 +55,22 @@ def enroll(
     weights:str='auto', # Ultralytics weights, or motion (fixed cameras); auto: the best that can be had here
     track:int=None, # Number of the person in the clip, where there are several
     consent:str='', # Who agreed to what, in words
+    camera:str=None, # Profile of the camera, .safetensors, which learns from this clip; None: the network as it is
     progress=None, # See `find_tracks`
-)->dict: # See `Gallery.add`; `alike`: (name, score) of others who may be the same person; `detector` and `found_by`, as
-       # in `Outcome`; raises `BadInput` or `SeveralPeople`, and then nothing is stored
+)->dict: # See `Gallery.add`; `alike`: (name, score) of others who may be the same person; `detector`, `found_by` and
+       # `camera`, as in `Outcome`; raises `BadInput` or `SeveralPeople`, and then nothing is stored
     "Enrol one person from a clip; enrolling again adds."
     name, matcher = clean_name(name), gallery_matcher(gallery, checkpoint)
+    if camera: matcher = with_cameras(matcher)
     tracks = find_tracks(video, weights, start, stop, progress=progress)
-    template = make_template(choose_track(video, *require_usable(video, tracks), track), matcher)
+    good, why = require_usable(video, tracks)
+    chosen = choose_track(video, good, why, track)
+    matcher, about = see_camera(matcher, camera, video, good)
+    template = make_template(chosen, matcher)
     here = Gallery(gallery, matcher, create=True)
     alike = other_names(here, name, template)
-    return here.add(name, template, consent) | dict(alike=alike, detector=tracks.detector, found_by=tracks.found_by)
+    answer = dict(alike=alike, detector=tracks.detector, found_by=tracks.found_by, camera=about)
+    return here.add(name, template, consent) | answer
 
 # %% ../nbs/06_biometrics.ipynb #780501b1
 def rank_people(
@@ -102,20 +109,23 @@ def identify(
     weights:str='auto', # Ultralytics weights, or motion (fixed cameras); auto: the best that can be had here
     fmr:float=.01, # False match rate of each comparison
     film:str=None, # Video to make, with boxes and names (.mp4)
+    camera:str=None, # Profile of the camera, .safetensors, which learns from this clip; None: the network as it is
     progress=None, # See `find_tracks`
     claimed:str=None, # Compare with this person only
 )->Outcome: # A decision for each person; raises `BadInput`
     "Who is in the clip? Each person is ranked against everybody enrolled, and may stay unknown."
     matcher = gallery_matcher(gallery, checkpoint)
+    if camera: matcher = with_cameras(matcher)
     here = Gallery(gallery, matcher)
     who, name = (None, None) if claimed is None else here.find(claimed)
     if name is None: here.index.load()   # an empty gallery complains before the long part
     zone = decision_zone(here.thresholds, fmr)
     tracks = find_tracks(video, weights, start, stop, progress=progress)
     (good, why), times = require_usable(video, tracks), frame_times(video)
+    matcher, about = see_camera(matcher, camera, video, good)
     decisions = [decide(t, make_template(t, matcher), here, zone, times, name) for t in good]
     outcome = Outcome(name, decisions, why, float(fmr), tracks.detector, tracks,
-                      calibration=matcher.calibration, found_by=tracks.found_by)
+                      calibration=matcher.calibration, found_by=tracks.found_by, camera=about)
     if film: draw_film(video, film, tracks, film_labels(outcome), start, stop, progress)
     log_outcome(outcome, here, who)
     return outcome
@@ -145,7 +155,8 @@ def reid_enroll(
     with progress_bar() as progress: done = enroll(name, video, progress=progress, **kwargs)
     if json: return print(as_json(done))
     print(f'{done["name"]}: {len(done["crops"])} crops added, {done["templates"]} templates now')
-    if done['found_by']: print(done['found_by'])
+    for line in (done['found_by'], done['camera']):
+        if line: print(line)
     for line in same_person(done): log.warning(line)
 
 # %% ../nbs/06_biometrics.ipynb #1cead995

@@ -59,12 +59,13 @@ def calibrate(
     data='.', # The set's folder, or one that holds it
     protocol:str='market_folder', # Name of the protocol, a key of `PROTOCOLS`
     seed:int=0, # Of the split and of the draws
+    by_camera:bool=False, # For camera profiles: with the network's statistics from each camera's own pictures
 )->dict: # The result of the evaluation; raises `BadInput`, also where there are too few people
     "Measure the thresholds that decide who is recognised, and write them beside the checkpoint."
     ckpt = ckpt or shipped_model()
-    bench = check_calibration(protocol, data)
-    with lock(thresholds_path(ckpt)):
-        result = summarize(bench, *features_of(bench, ckpt), seed) | name_source(ckpt)
+    bench, options = check_calibration(protocol, data, by_camera), name_options(by_camera=by_camera)
+    with lock(thresholds_path(ckpt, by_camera)):
+        result = summarize(bench, *features_of(bench, ckpt, **options), seed, options) | name_source(ckpt)
         for note in check_thresholds(result, bench, ckpt, data): log.warning(note)
         write_thresholds(ckpt, result, data)
     return result

@@ -1,5 +1,6 @@
 "Each camera by its own statistics: in training, in an evaluation, and never by accident."
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +10,16 @@ from hypothesis import given, settings, strategies as st
 from reid_nb.evaluate import evaluate
 from reid_nb.finetune import finetune
 from reid_nb.parts.benchmarks import read_benchmark
-from reid_nb.parts.core import BadInput
+from reid_nb.parts.cameras import Profile, read_profile, see_camera, with_cameras, write_profile
+from reid_nb.parts.core import BadInput, read_rgb
 from reid_nb.parts.models import ReidModel
 from reid_nb.parts.scoring import shipped_model
 from reid_nb.parts.supervised import camera_groups
+from reid_nb.parts.tracks import load_matcher
 from reid_nb.parts.training import Run
 from reid_nb.parts.weights import (
-    camera_statistics, embed, embed_by_camera, load_checkpoint, load_model, read_statistics, set_statistics)
+    camera_statistics, embed, embed_by_camera, load_checkpoint, load_model, read_statistics, read_thresholds,
+    set_statistics)
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=80))
 @settings(deadline=None)
@@ -103,3 +107,92 @@ def test_what_has_no_cameras_or_no_statistics(toy, run, tmp_path):
     lines.append(run('reid_evaluate', tmp_path/'onnx.safetensors', '--data', toy/'market', '--by_camera'))
     for done, word in zip(lines, ('does not say which', 'by_camera goes with a checkpoint', 'not one in ONNX')):
         assert done.returncode == 2 and word in done.stderr and len(done.stderr.strip().splitlines()) <= 2, done.stderr
+
+# Profiles of cameras
+
+def tracks_of(bench, camera, people):
+    "The crops of some people before one camera, as tracks of a clip"
+    seen = {}
+    for s in bench.gallery:
+        if s.camid == camera and s.pid > 0: seen.setdefault(s.pid, []).append(SimpleNamespace(crop=read_rgb(s.path)))
+    return [SimpleNamespace(shots=seen[pid]) for pid in sorted(seen)[people]]
+
+@pytest.fixture(scope='module')
+def seer(): return with_cameras(load_matcher(shipped_model()))
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(-3, 3), st.floats(0, 4)), min_size=1, max_size=6))
+@settings(deadline=None)
+def test_clips_add_up(clips):
+    "Clip by clip, in any order, comes to what all tracks together have."
+    def learn(order):
+        p = Profile()
+        for k in order:
+            tracks, *pair = clips[k]
+            p = p.add(f'clip {k}', {'layer': [torch.tensor(x) for x in pair]}, tracks)
+        return p
+    n, means, variances = (np.array(x, float) for x in zip(*clips))
+    mean = (n*means).sum()/n.sum()
+    due = mean, (n*(variances + (means - mean)**2)).sum()/n.sum()
+    for order in range(len(clips)), reversed(range(len(clips))):
+        p = learn(order)
+        assert np.allclose([x.item() for x in p.statistics['layer']], due, atol=1e-4)
+        assert p.tracks == n.sum() and p.share == (n.sum()/(n.sum() + 4) if n.sum() >= 4 else 0)
+
+def test_few_people_are_not_kept(toy, seer, tmp_path):
+    bench, clip = read_benchmark('market_folder', toy/'market'), toy/'clips'/'ada_c1.mp4'
+    with pytest.raises(BadInput, match='3 people to be seen well, and it takes 4'):
+        see_camera(seer, tmp_path/'gate.safetensors', clip, tracks_of(bench, 1, slice(3)))
+    assert not (tmp_path/'gate.safetensors').exists()   # the mean of three people would be like them
+    before = read_statistics(seer.network[0])
+    through, line = see_camera(seer, tmp_path/'gate.safetensors', clip, tracks_of(bench, 1, slice(4)))
+    assert line == 'camera gate: 4 people seen in 1 clip, its statistics weigh 50%'
+    crops = [s.crop for t in tracks_of(bench, 1, slice(8, 12)) for s in t.shots]
+    assert np.abs(through.embed(crops) - seer.embed(crops)).max() > .1
+    with pytest.raises(AttributeError): through.embed([None])
+    assert all(torch.equal(a, b) for k in before for a, b in zip(before[k], read_statistics(seer.network[0])[k]))
+    again, line = see_camera(seer, tmp_path/'gate.safetensors', clip, tracks_of(bench, 1, slice(4)))
+    assert line.startswith('camera gate: 4 people')     # the same clip is no new one
+
+def test_profiles_that_cannot_be(seer, tmp_path):
+    path, own = tmp_path/'gate.safetensors', read_statistics(seer.network[0])
+    good = Profile({k: (m.clone(), v.clone()) for k, (m, v) in own.items()}, {'a': 5})
+    first = next(iter(own))
+    for wrong in (Profile(good.statistics | {first: (own[first][0][:1], own[first][1])}, {'a': 5}),
+                  Profile(good.statistics | {first: (own[first][0], own[first][1]*0 - 1)}, {'a': 5}),
+                  Profile({k: v for k, v in own.items() if k != first}, {'a': 5}),
+                  *[Profile(good.statistics, clips) for clips in ({}, {'a': 0}, {'a': 'b'})]):
+        write_profile(path, wrong, seer.digest)
+        with pytest.raises(BadInput, match='damaged: remove it'): read_profile(path, seer)
+    write_profile(path, good, 'of another')
+    with pytest.raises(BadInput, match='of another network'): read_profile(path, seer)
+    write_profile(path, good, seer.digest)
+    assert read_profile(path, seer).clips == {'a': 5}
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(BadInput): read_profile(path, seer)
+    with pytest.raises(BadInput, match='no camera profile'): read_profile(shipped_model(), seer)
+
+def test_a_street_is_learned_and_people_are_found_in_it(toy, run, tmp_path):
+    street = sorted((toy/'videos'/'alba').rglob('*.mp4'))[0]
+    gate, how = tmp_path/'gate.safetensors', ('--weights', 'motion', '--gallery', tmp_path/'gallery')
+    learned = run('reid_camera', gate, street, '--weights', 'motion')
+    assert learned.returncode == 0 and 'people seen in 1 clip' in learned.stdout, learned.stderr
+    clips = toy/'clips'
+    done = run('reid_enroll', 'Ada', clips/'ada_c1.mp4', '--camera', gate, '--json', *how)
+    assert 'in 2 clips' in json.loads(done.stdout)['camera'], done.stderr
+    found = run('reid_identify', clips/'ada_c2.mp4', '--camera', gate, '--json', *how)
+    outcome = json.loads(found.stdout)
+    by_camera = read_thresholds(shipped_model(), by_camera=True)['thresholds']['0.01']
+    assert outcome['decisions'][0]['upper'] == by_camera['high'] and outcome['calibration'].endswith('by camera')
+    for words in ('reid_identify', clips/'ada_c2.mp4'), ('reid_enroll', 'Bruno', clips/'bruno_c1.mp4'):
+        done = run(*words, *how)
+        assert done.returncode == 2 and 'enrolled with camera profiles: name the camera' in done.stderr
+    plain = '--weights', 'motion', '--gallery', tmp_path/'plain'
+    assert run('reid_enroll', 'Ada', clips/'ada_c1.mp4', *plain).returncode == 0
+    mixed = run('reid_identify', clips/'ada_c2.mp4', '--camera', gate, *plain)
+    assert mixed.returncode == 2 and 'enrolled without camera profiles: name no camera' in mixed.stderr
+
+def test_a_network_without_thresholds_by_camera(run, tmp_path):
+    for ending in '.safetensors', '.thresholds.json':
+        (tmp_path/'net').with_suffix(ending).write_bytes(shipped_model().with_suffix(ending).read_bytes())
+    done = run('reid_camera', tmp_path/'gate.safetensors', 'none.mp4', '--checkpoint', tmp_path/'net.safetensors')
+    assert done.returncode == 2 and '--by_camera measures them' in done.stderr

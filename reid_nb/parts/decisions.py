@@ -142,6 +142,7 @@ class Outcome:
     notes:list=field(default_factory=list) # What went wrong beside the answer, a line each
     calibration:str='' # On whom the thresholds were measured; '': not known
     found_by:str='' # What has found the people, and why; '' where the detector was named by who asked
+    camera:str='' # What is known about the camera; '' where no profile was named
 
     @property
     def answer(self):
@@ -172,7 +173,7 @@ def explain(
                      f'match from {d.upper:.3f}, no match below {d.lower:.3f}')
     lines += [f'person {n}: not decided: {why}' for n, why in outcome.skipped.items()]
     if outcome.calibration: lines.append(f'thresholds: {outcome.calibration}')
-    if outcome.found_by: lines.append(outcome.found_by)
+    lines += [line for line in (outcome.found_by, outcome.camera) if line]
     known = [d.name for d in outcome.decisions if d.answer == 'match']
     if who is None:
         head = f'{len(known)} of {len(outcome.decisions)} people identified'

@@ -359,7 +359,8 @@ def write_thresholds(
     keys = 'protocol', 'data_digest', 'checkpoint_digest', 'seed', 'identities', 'thresholds'
     about = dict(data=Path(data).resolve().name if data else None, measured=str(date.today()))
     impostor = {k: result['scores'][k] for k in ('edges', 'impostor')}
-    write_json(thresholds_path(ckpt), {k: result[k] for k in keys} | about | dict(scores=impostor))
+    path = thresholds_path(ckpt, 'by_camera' in result.get('options', {}))
+    write_json(path, {k: result[k] for k in keys} | about | dict(scores=impostor))
 
 # %% ../../nbs/parts/24_scoring.ipynb #ad39fce5
 @contextmanager
@@ -373,12 +374,14 @@ def writing(
 def check_calibration(
     protocol:str, # A key of `PROTOCOLS`
     data, # The set's folder, or one that holds it
+    by_camera:bool=False, # Are the cameras to be known?
 )->Benchmark: # Raises `BadInput`
     "Read a set to calibrate with, and check that it has queries with answers."
     if getattr(PROTOCOLS.get(protocol), 'figures', None): raise BadInput(
         f'{protocol}: tracks of one moment are not people: no thresholds can be chosen with them')
     benchmark = read_benchmark(protocol, data)
     check_parts(benchmark, data, 'calibrate with', 'query', 'gallery')
+    if by_camera: check_options(benchmark, dict(by_camera=True), [], None, None)
     check_answers(benchmark)
     return benchmark
 
@@ -408,7 +411,8 @@ def describe_calibration(
     result:dict, # Of `calibrate`
 )->str: # A line for the data, and one for each threshold
     "Describe the thresholds of a result as text."
-    about = (f"{result['source']} on {result['protocol']}, {result['identities']:,} people, "
+    by_camera = ' by camera'*('by_camera' in result.get('options', {}))
+    about = (f"{result['source']}{by_camera} on {result['protocol']}, {result['identities']:,} people, "
              f"data {result['data_digest'][:16]}:")
     return '\n'.join([about, *(describe_threshold(target, p) for target, p in result['thresholds'].items())])
 

@@ -268,7 +268,7 @@ def describe(
 class Matcher:
     "A network and its thresholds."
     embed:object # Function: list of uint8[h,w,3] RGB crops -> float32[n,d], rows of length 1
-    digest:str # SHA-256 of the checkpoint
+    digest:str # SHA-256 of the checkpoint, with `BY_CAMERA` behind it where it works with camera profiles
     thresholds:dict # {'0.01': {'threshold', 'low', 'high', ...}, ...} by false match rate
     calibration:str='' # On whom they were measured, see `calibration_words`
     path:Path=None # The checkpoint

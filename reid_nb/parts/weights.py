@@ -502,9 +502,10 @@ def embed_by_camera(
 # %% ../../nbs/parts/12_weights.ipynb #ca86a552
 def thresholds_path(
     ckpt, # A checkpoint
-)->Path: # `<checkpoint>.thresholds.json`
+    by_camera:bool=False, # Of a network that works with each camera's own statistics
+)->Path: # `<checkpoint>.thresholds.json`, or `<checkpoint>.by_camera.thresholds.json`
     "Name the file beside a checkpoint that holds its thresholds."
-    return Path(ckpt).with_suffix('.thresholds.json')
+    return Path(ckpt).with_suffix('.by_camera'*by_camera + '.thresholds.json')
 
 # %% ../../nbs/parts/12_weights.ipynb #3381b519
 def calibration_words(
@@ -541,10 +542,12 @@ def load_thresholds(
 
 def read_thresholds(
     ckpt, # A checkpoint
-)->dict: # What is in `<checkpoint>.thresholds.json`; {} where there is none; raises `BadInput` for a damaged
-         # file, and for one that is of other weights
+    by_camera:bool=False, # See `thresholds_path`
+)->dict: # What is in the file; {} where there is none; raises `BadInput` for a damaged file, and for one that is of
+         # other weights
     "Read the thresholds that have been chosen for a checkpoint."
-    path,again = thresholds_path(ckpt),f'reid_calibrate {ckpt} --data ROOT measures them anew'
+    path,way = thresholds_path(ckpt, by_camera),' --by_camera'*by_camera
+    again = f'reid_calibrate {ckpt} --data ROOT{way} measures them anew'
     known = load_thresholds(path, again)
     if known and known['checkpoint_digest']!=sha256(ckpt): raise BadInput(f'{path}: of another checkpoint: {again}')
     return known

@@ -1,12 +1,13 @@
 """People of a real street: enrolled before one camera, looked for before another, hits and misses as they are.
 
-    python tests/benchmarks/real_city.py DATA WEIGHTS [--people 300] [--checkpoint FILE.safetensors]
+    python tests/benchmarks/real_city.py DATA WEIGHTS [--people 300] [--checkpoint FILE.safetensors [--cameras]]
 
 DATA holds `real_city`, `cuhk03_p1` and `peers/osnet_x0_25_msmt17.onnx`; WEIGHTS is a detector of people for
 Ultralytics. Frames 0 to 100 of v01 and of v05 show the same square at the same time from two sides. Six people are
 enrolled from v01; who is who was decided by looking at the clips, and is written below as a point in each person's
 box. The embedding is the peer OSNet, trained on other people; its thresholds are measured on `--people` people of
-cuhk03_p1's training part, camera against camera. With --checkpoint the embedding is that one, with its own thresholds.
+cuhk03_p1's training part, camera against camera. With --checkpoint the embedding is that one, with its own thresholds;
+with --cameras each clip is seen through a profile of its camera, which has learned from this clip alone.
 No picture leaves the temporary folder.
 """
 import argparse
@@ -20,6 +21,7 @@ from reid_nb.parts.core import read_rgb
 from reid_nb.parts.benchmarks import Benchmark, PROTOCOLS, read_benchmark
 from reid_nb.biometrics import identify
 from reid_nb.parts.decisions import explain, find_usable_tracks
+from reid_nb.parts.cameras import see_camera, with_cameras
 from reid_nb.parts.core import sha256
 from reid_nb.parts.metrics import operating_points
 from reid_nb.parts.gallery import Gallery
@@ -65,24 +67,31 @@ def main():
     p.add_argument('weights')
     p.add_argument('--people', type=int, default=300)
     p.add_argument('--checkpoint')
+    p.add_argument('--cameras', action='store_true')
     a = p.parse_args()
-    if a.checkpoint: matcher = load_matcher(a.checkpoint)
+    if a.checkpoint:
+        plain = load_matcher(a.checkpoint)
+        matcher = with_cameras(plain) if a.cameras else plain
     else:
         model = a.data/'peers'/'osnet_x0_25_msmt17.onnx'
         embed = peer(model)
-        matcher = Matcher(embed, sha256(model), measure(embed, a.data, a.people))
+        plain = matcher = Matcher(embed, sha256(model), measure(embed, a.data, a.people))
     for fmr, t in matcher.thresholds.items():
         print(f'FMR {fmr}: threshold {t["threshold"]:.3f} [{t["low"]:.3f}, {t["high"]:.3f}], '
               f'true matches there {t["tmr"]:.2f}', flush=True)
     clips = {v: next((a.data/'real_city').rglob(f'*{v}.mp4')) for v in ('v01', 'v05')}
     with tempfile.TemporaryDirectory() as tmp:
+        profile = {v: Path(tmp)/f'{v}.safetensors' if a.cameras else None for v in clips}
         here = Gallery(Path(tmp)/'gallery', matcher, create=True)
         tracks, _ = find_usable_tracks(clips['v01'], a.weights, 0, 101)
+        seer, line = see_camera(matcher, profile['v01'], clips['v01'], tracks)
+        print(line)
         for name, point in ENROLLED.items():
             track = at(tracks, *point)
-            if track: here.add(name, make_template(track, matcher))
+            if track: here.add(name, make_template(track, seer))
             print(f'{name}: ' + (f'enrolled, {track.good} good pictures' if track else 'no usable track'), flush=True)
-        got = identify(clips['v05'], here.root, matcher, 0, 101, a.weights, film=Path(tmp)/'film.mp4')
+        got = identify(clips['v05'], here.root, plain, 0, 101, a.weights, film=Path(tmp)/'film.mp4',
+                       camera=profile['v05'])
         print(*explain(got)[1:], sep='\n')
         count = dict(first=0, match=0, look=0, wrong=0, missing=0)
         for name, point in SOUGHT:
