@@ -8,7 +8,6 @@ __all__ = ['log', 'decision_zone', 'classify_score', 'enroll', 'rank_people', 'd
 
 # %% ../nbs/06_biometrics.ipynb #e4534613
 import logging
-from pathlib import Path
 
 import numpy as np
 from fastcore.meta import delegates
@@ -18,10 +17,9 @@ from .parts.decisions import (
     choose_track, Decision, evidence, explain, film_labels, find_usable_tracks, log_outcome, most_similar_pair,
     other_names, Outcome, print_outcome, same_person, SeveralPeople)
 from .parts.film import draw_film
-from .parts.gallery import as_json, clean_name, Gallery
-from reid_nb.parts.tracks import (
-    find_tracks, frame_times, load_matcher, make_template, progress_bar, require_usable, Template, Track,
-    visible_intervals)
+from .parts.gallery import as_json, clean_name, Gallery, gallery_matcher
+from .parts.tracks import (
+    find_tracks, frame_times, make_template, progress_bar, require_usable, Template, Track, visible_intervals)
 
 log = logging.getLogger(__name__)
 
@@ -50,22 +48,22 @@ def enroll(
     name:str, # Of the person
     video:str, # A clip
     gallery:str='gallery', # Folder; made if it is not there
-    checkpoint:str=None, # See `load_matcher`; default the small model of the part Weights
+    checkpoint:str=None, # Default the gallery's; for a new one an imported one, or the small model
     start:int=0, # First frame
     stop:int=None, # Frame to stop before; default the end
-    weights:str='motion', # motion (fixed cameras), or Ultralytics weights
+    weights:str='auto', # Ultralytics weights, or motion (fixed cameras); auto: the best that can be had here
     track:int=None, # Number of the person in the clip, where there are several
     consent:str='', # Who agreed to what, in words
     progress=None, # See `find_tracks`
-)->dict: # See `Gallery.add`, and `alike`: (name, score) of others who may be the same person; raises `BadInput`
-       # or `SeveralPeople`, and then nothing is stored
+)->dict: # See `Gallery.add`; `alike`: (name, score) of others who may be the same person; `detector` and `found_by`, as
+       # in `Outcome`; raises `BadInput` or `SeveralPeople`, and then nothing is stored
     "Enrol one person from a clip; enrolling again adds."
-    name, matcher = clean_name(name), load_matcher(checkpoint)
-    tracks, why = find_usable_tracks(video, weights, start, stop, progress)
-    template = make_template(choose_track(video, tracks, why, track), matcher)
+    name, matcher = clean_name(name), gallery_matcher(gallery, checkpoint)
+    tracks = find_tracks(video, weights, start, stop, progress=progress)
+    template = make_template(choose_track(video, *require_usable(video, tracks), track), matcher)
     here = Gallery(gallery, matcher, create=True)
     alike = other_names(here, name, template)
-    return here.add(name, template, consent) | dict(alike=alike)
+    return here.add(name, template, consent) | dict(alike=alike, detector=tracks.detector, found_by=tracks.found_by)
 
 # %% ../nbs/06_biometrics.ipynb #780501b1
 def rank_people(
@@ -98,26 +96,26 @@ def decide(
 def identify(
     video:str, # A clip
     gallery:str='gallery', # Folder
-    checkpoint:str=None, # The gallery's; default the small model of the part Weights
+    checkpoint:str=None, # Default the gallery's, see `gallery_matcher`
     start:int=0, # First frame
     stop:int=None, # Frame to stop before; default the end
-    weights:str='motion', # motion (fixed cameras), or Ultralytics weights
+    weights:str='auto', # Ultralytics weights, or motion (fixed cameras); auto: the best that can be had here
     fmr:float=.01, # False match rate of each comparison
     film:str=None, # Video to make, with boxes and names (.mp4)
     progress=None, # See `find_tracks`
     claimed:str=None, # Compare with this person only
 )->Outcome: # A decision for each person; raises `BadInput`
     "Who is in the clip? Each person is ranked against everybody enrolled, and may stay unknown."
-    matcher = load_matcher(checkpoint)
+    matcher = gallery_matcher(gallery, checkpoint)
     here = Gallery(gallery, matcher)
     who, name = (None, None) if claimed is None else here.find(claimed)
     if name is None: here.index.load()   # an empty gallery complains before the long part
     zone = decision_zone(here.thresholds, fmr)
     tracks = find_tracks(video, weights, start, stop, progress=progress)
-    (good, why), times = require_usable(video, tracks, weights=weights), frame_times(video)
+    (good, why), times = require_usable(video, tracks), frame_times(video)
     decisions = [decide(t, make_template(t, matcher), here, zone, times, name) for t in good]
-    outcome = Outcome(name, decisions, why, float(fmr), Path(weights).name, tracks,
-                      calibration=matcher.calibration)
+    outcome = Outcome(name, decisions, why, float(fmr), tracks.detector, tracks,
+                      calibration=matcher.calibration, found_by=tracks.found_by)
     if film: draw_film(video, film, tracks, film_labels(outcome), start, stop, progress)
     log_outcome(outcome, here, who)
     return outcome
@@ -128,7 +126,7 @@ def verify(
     name:str, # The claimed identity
     video:str, # A clip
     gallery:str='gallery', # Folder
-    checkpoint:str=None, # The gallery's; default the small model of the part Weights
+    checkpoint:str=None, # Default the gallery's, see `gallery_matcher`
     **kwargs
 )->Outcome: # A decision for each person; raises `BadInput`
     "Is this person in the clip? Each person in it is compared with the claimed one only."
@@ -147,6 +145,7 @@ def reid_enroll(
     with progress_bar() as progress: done = enroll(name, video, progress=progress, **kwargs)
     if json: return print(as_json(done))
     print(f'{done["name"]}: {len(done["crops"])} crops added, {done["templates"]} templates now')
+    if done['found_by']: print(done['found_by'])
     for line in same_person(done): log.warning(line)
 
 # %% ../nbs/06_biometrics.ipynb #1cead995

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from .biometrics import enroll, evidence, explain, identify, same_person, SeveralPeople
 from .parts.core import BadInput, command
+from .parts.gallery import gallery_matcher
+from .parts.network import connect_network, network_box, NetworkBackend
 from .parts.serve import read_login, serve_demo
-from reid_nb.parts.page import (
+from .parts.page import (
     answer_box, ask_who, captioned_crops, check_range, clear_query, clip_inputs, confine, connect_buttons, CONSENT,
-    answer_column, fill_on_opening, EditingBackend, gallery_tab, gr, heading, identification_tab, no_progress,
-    offered_clips, PRIVATE, Reply, reply_updates, serve_in_turn, slider_updates, submit_buttons, verification_tab,
-    write_query)
-from .parts.tracks import load_matcher
+    answer_column, detector_input, fill_on_opening, gallery_tab, gr, identification_tab, no_progress, offered_clips,
+    PRIVATE, Reply, reply_updates, serve_in_turn, slider_updates, submit_buttons, verification_tab, write_query)
 
 # %% ../nbs/08_demo.ipynb #59947e59
 def show_outcome(outcome, gallery, film):
@@ -26,15 +26,16 @@ def show_outcome(outcome, gallery, film):
     kind = {'match': 'good', 'no match': 'bad', 'inconclusive': 'ask'}[outcome.answer]
     pairs = [(evidence(d, gallery), f'person {d.track} and {d.ranking[0][0]}: {d.answer}')
              for d in outcome.decisions]
-    return Reply(answer_box(kind, f'{head[0].upper()}{head[1:]}.', lines + outcome.notes, pairs), film)
+    box = answer_box(kind, f'{head[0].upper()}{head[1:]}.', lines + outcome.notes, pairs)
+    return Reply(box, outcome.to_dict(), film)
 
 # %% ../nbs/08_demo.ipynb #840a60bc
-class VerifyBackend(EditingBackend):
+class VerifyBackend(NetworkBackend):
     "Claims are verified."
-    def ask_clip(self, video, first, last, gallery, fmr, progress, claimed=None)->tuple: # Of (`Outcome`, film)
+    def ask_clip(self, video, first, last, gallery, fmr, detector, progress, claimed=None): # `Outcome`, film
         "Identify the people in some frames of a clip, and draw a film of the answer."
         (start, stop), film = check_range(video, first, last), self.new_film()
-        return identify(video, gallery, self.matcher, start, stop, self.weights, float(fmr), film,
+        return identify(video, gallery, self.matcher, start, stop, self.detector(detector), float(fmr), film,
                         progress, claimed=claimed), film
 
     @serve_in_turn
@@ -43,11 +44,12 @@ class VerifyBackend(EditingBackend):
         last:int, # Last frame
         name:str, # The claimed identity
         fmr:str, # False match rate of each comparison
+        detector:str=None, # Who finds people; None: whom the page was started with
         progress=no_progress, # See `find_tracks`
     )->Reply:
         "Say whether a person is in a clip."
         if not name: raise BadInput('no identity is claimed: choose one from the list')
-        outcome, film = self.ask_clip(video, first, last, self.gallery, fmr, progress, claimed=name)
+        outcome, film = self.ask_clip(video, first, last, self.gallery, fmr, detector, progress, claimed=name)
         return show_outcome(outcome, self.gallery, film)
 
 # %% ../nbs/08_demo.ipynb #bd70e0da
@@ -60,17 +62,19 @@ class EnrollBackend(VerifyBackend):
         name:str, # Of the person
         consent:bool, # Whether the person has agreed
         person:int=None, # Number in the clip, where there are several
+        detector:str=None, # Who finds people; None: whom the page was started with
         progress=no_progress, # See `find_tracks`
     )->Reply:
         "Enrol a person from a clip."
         if not consent: raise BadInput('nobody is enrolled without consent: tick the box if given')
         start, stop = check_range(video, first, last)
         try: done = enroll(name or '', video, self.gallery, self.matcher, start, stop,
-                           self.weights, person or None, CONSENT, progress)
+                           self.detector(detector), person or None, CONSENT, progress)
         except SeveralPeople as e: return ask_who(video, e.tracks, self.new_film(), start, stop, progress)
         lines = [f'{len(done["crops"])} crops added', f'templates in all: {done["templates"]}', *same_person(done)]
+        if done['found_by']: lines.append(done['found_by'])
         return Reply(answer_box('good', f'Completed: {done["name"]} is enrolled.', lines,
-                                captioned_crops(self.gallery, done['crops'])))
+                                captioned_crops(self.gallery, done['crops'])), done)
 
 # %% ../nbs/08_demo.ipynb #279e5153
 class DemoBackend(EnrollBackend):
@@ -82,6 +86,7 @@ class DemoBackend(EnrollBackend):
         gallery:str, # Gallery Path, below the root
         query:str, # Query Path, below the root
         fmr:str, # False match rate of each comparison
+        detector:str=None, # Who finds people; None: whom the page was started with
         progress=no_progress, # See `find_tracks`
     )->Reply:
         "Say who is in a clip."
@@ -89,14 +94,14 @@ class DemoBackend(EnrollBackend):
         if there == query or there in query.parents or query in there.parents:
             raise BadInput('Gallery Path and Query Path lie in each other: choose two folders')
         if query.exists(): clear_query(query)
-        outcome, film = self.ask_clip(video, first, last, there, fmr, progress)
+        outcome, film = self.ask_clip(video, first, last, there, fmr, detector, progress)
         self.query = query
         try: write_query(query, outcome.decisions)
         except OSError as e: outcome.notes.append(f'the crops of this clip are not in {query.name}: {e.strerror}')
         return show_outcome(outcome, there, film)
 
 # %% ../nbs/08_demo.ipynb #994a6315
-def enrollment_tab(backend, examples):
+def enrollment_tab(backend, examples, detector):
     "The tab to enrol."
     with gr.Tab('Enrollment'), gr.Row():
         with gr.Column(min_width=300):
@@ -107,41 +112,42 @@ def enrollment_tab(backend, examples):
             press = submit_buttons()
         out = answer_column()
     measured = clip[0].change(slider_updates, clip[0], [*clip[1:], out[0]], api_name='frames')
-    for c in clip:  # numbers of people belong to one part of one clip
-        c.change(lambda: reply_updates(Reply(''), 3)[1:], None, [out[1], person], queue=False, **PRIVATE)
-    connect_buttons(backend, press, backend.enroll_clip, [*clip, name, consent, person], [*out, person],
-                    'enroll', [measured])
+    for c in (*clip, detector):  # numbers of people belong to one part of one clip, and to who found them
+        c.change(lambda: reply_updates(Reply(''), 4)[2:], None, [out[2], person], queue=False, **PRIVATE)
+    connect_buttons(backend, press, backend.enroll_clip, [*clip, name, consent, person, detector],
+                    [*out, person], 'enroll', [measured])
 
 # %% ../nbs/08_demo.ipynb #29ccda2f
 def build_demo(gallery='gallery', # Folder of the gallery; made with the first enrolment
-    checkpoint=None, # See `load_matcher`; None: the small model of the part Weights
-    weights:str='motion', # Detector: 'motion' for fixed cameras, or Ultralytics weights
+    checkpoint=None, # See `gallery_matcher`
+    weights:str='auto', # Detector: 'auto', 'motion' for fixed cameras, or Ultralytics weights
     examples=None, # Folder of clips to offer, such as the toy city's
 ): # `gr.Blocks`, not started; raises `BadInput` for a checkpoint or gallery of no use
     "The app: Enrollment, Verification, Identification, and the gallery."
     backend = DemoBackend(gallery, checkpoint, weights)
     clips = sorted(Path(examples).glob('*.mp4')) if examples else []
     with gr.Blocks(title='reid_nb', analytics_enabled=False, delete_cache=(300, 3600)) as app:
-        gr.Markdown(heading(backend))
-        enrollment_tab(backend, clips)
-        verification = verification_tab(backend, clips)
-        identification_tab(backend, clips)
-        fill_on_opening(backend, *verification, *gallery_tab(backend))
+        at, detector = network_box(backend), detector_input(backend)
+        enrollment_tab(backend, clips, detector)
+        tab, claimed, fmr = verification_tab(backend, clips, detector)
+        rates = [fmr, identification_tab(backend, clips, detector)]
+        fill_on_opening(backend, tab, claimed, *gallery_tab(backend))
+        connect_network(backend, app, at, rates)
     return app.queue()
 
 # %% ../nbs/08_demo.ipynb #a41b03dd
 def demo(port:int=7860, # Of the page
     host:str='127.0.0.1', # Address to listen at; others than this machine's want a login
     gallery:str='gallery', # Folder; made with the first enrolment
-    checkpoint:str=None, # Thresholds beside it; default the small model of the part Weights
-    weights:str='motion', # motion (fixed cameras), or Ultralytics weights
+    checkpoint:str=None, # Thresholds beside it; default the gallery's, else an imported one, else the small model
+    weights:str='auto', # auto, motion (fixed cameras), or Ultralytics weights
     toy:bool=False, # Draw the toy city beside the gallery (half a minute), and offer its clips
     login:str=None, # Text file, one user:password a line: ask for them
     share:bool=False, # A public link through Gradio's servers; wants a login
     names:str='', # Other names under which the page is reached, such as a proxy's: a.example.org,b.example.org
 ):
     "Enrol, verify and identify in a browser."
-    matcher = load_matcher(checkpoint)     # complains before the city is drawn
+    matcher = gallery_matcher(gallery, checkpoint)     # complains before the city is drawn
     app = build_demo(gallery, matcher, weights, offered_clips(gallery, toy))
     serve_demo(app, port, host, share, read_login(login), names.split(','), prevent_thread_lock=True)
     if not hasattr(sys, 'ps1'): app.block_thread()     # a notebook goes on by itself

@@ -36,9 +36,10 @@ def evaluate(
     against=None, # Compare with this: another checkpoint, or an npz of features
     curves=None, # PNG file for the ROC and DET curves
     gap=None, # Of `reassociation`: frames, such as 30, or seconds, such as '2s'
+    by_camera:bool=False, # Take the network's statistics from each camera's own pictures
 )->dict: # The result; {} with `embed_only`; raises `BadInput` before anything is written
     "Score a checkpoint, or features made elsewhere, under a protocol."
-    options = name_options(flip, rerank, expand, multi_query, rounds)
+    options = name_options(flip, rerank, expand, multi_query, rounds, by_camera)
     source, known = pick_source(ckpt, features, options)
     bench, ready = check_request(protocol, data, options, out, features, embed_only, against, gap)
     with writing(embed_only or out):
@@ -87,12 +88,14 @@ def reid_evaluate(
     rounds:int=1, # Times to expand, each time from the query before
     against:str=None, # Compare with this: another checkpoint, or an npz of features
     gap:str=None, # Of reassociation: frames, such as 30, or seconds, such as 2s (default 30)
+    by_camera:bool=False, # Take the network's statistics from each camera's own pictures; the result says so
 ):
     "Score a checkpoint, or several side by side, or features made elsewhere, under a protocol."
     import matplotlib
     matplotlib.use('agg', force=False)
     ckpts = ckpt if isinstance(ckpt, list) else [ckpt]
-    ways = dict(seed=seed, flip=flip, rerank=rerank, expand=expand, multi_query=multi_query, rounds=rounds, gap=gap)
+    ways = dict(seed=seed, flip=flip, rerank=rerank, expand=expand, multi_query=multi_query, rounds=rounds, gap=gap,
+                by_camera=by_camera)
     if len(ckpts) > 1:
         if features or embed_only or against: raise BadInput(
             'features, embed_only and against go with one checkpoint; among several an npz of features may stand')

@@ -29,7 +29,7 @@ class RecipeStep(RecipeEngine):
     def train_batch(self, data):
         "Take one step of the optimiser; returns its numbers."
         (x,y),r = self.parse_data_for_train(data),self.recipe
-        with autocast(self.device, self.precision): logits,vectors,scores = self.model(x, y)
+        with autocast(self.device, self.precision): logits,vectors,scores = self.run_model(x, y, data['camid'])
         loss = reid_loss(logits, vectors, y, r.softmax, r.smoothing, r.triplet, r.margin)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.opt)

@@ -166,7 +166,8 @@ def enrol_from(d:Path, checkpoint:str, name:str)->dict:
     video = d/'toy'/'clips'/f'{name.lower()}_c1.mp4'
     tracks,_ = find_usable_tracks(video, 'motion', 0, None)
     longest = max(tracks, key=lambda t: len(t.seen))
-    got = enroll(name, video, d/'gallery', d/checkpoint, track=longest.number, consent='drawn for this course')
+    got = enroll(name, video, d/'gallery', d/checkpoint, weights='motion', track=longest.number,
+                 consent='drawn for this course')
     return dict(name=name, crops=len(got['crops']))
 
 # %% ../nbs/07_quickstart.ipynb #f830df64
@@ -175,7 +176,7 @@ def ask(d:Path, checkpoint:str, kind:str, claimed:str, name:str, truth:str)->dic
     from reid_nb.biometrics import identify, verify
     from reid_nb.parts.decisions import ANSWERS, evidence
     given = d/'toy'/'clips'/f'{name}.mp4',d/'gallery',d/checkpoint
-    got = verify(claimed, *given) if kind == 'verify' else identify(*given)
+    got = verify(claimed, *given, weights='motion') if kind == 'verify' else identify(*given, weights='motion')
     best = min(got.decisions, key=lambda x: ANSWERS.index(x.answer))
     said = {'match': claimed and 'match' or best.name, 'no match': 'no match' if claimed else 'unknown'}
     write_image(d/'figures'/f'{kind}_{name}.png', evidence(best, d/'gallery'))

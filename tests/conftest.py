@@ -9,8 +9,13 @@ from filelock import FileLock
 
 # Trainings are compared bit by bit, and several programs share two cores: one thread each.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# With a network and without, the people of the drawn clips are found by the same detector.
+os.environ.setdefault('REID_DETECTOR', 'motion')
 
 ROOT = Path(__file__).resolve().parent.parent
+# What you have imported is not what the tests are about.
+os.environ['REID_HOME'] = str(ROOT/'nbs'/'_run'/'library')
+
 DATA = Path(os.environ.get('REID_DATA', ROOT.parent/'shared'/'data'))
 
 def pytest_configure(config):

@@ -23,6 +23,9 @@ from nbformat.v4.rwbase import split_lines
 NBS = Path(__file__).resolve().parent.parent/'nbs'
 NUMBER = re.compile(r'[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?')
 
+os.environ.setdefault('REID_DETECTOR', 'motion')   # with a network and without, pages print the same
+os.environ['REID_HOME'] = str(NBS/'_run'/'library')  # nor does it matter what you have imported
+
 def names():
     "All notebooks, in the order in which they lean on each other."
     return [f.relative_to(NBS).with_suffix('').as_posix()

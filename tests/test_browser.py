@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from playwright.sync_api import expect, sync_playwright
+from test_demo import better  # noqa: F401
 
 from reid_nb import demo
+from reid_nb.parts import network as network_
 from reid_nb.parts import serve as serve_
 from reid_nb.parts import page as page_
 from reid_nb.parts import tracks as people
 from reid_nb.biometrics import enroll
 from reid_nb.evaluate import calibrate
 from reid_nb.finetune import finetune
+from reid_nb.parts.weights import SMALL
 
 SHOTS = Path(os.environ.get('REID_SCREENSHOTS', ROOT/'nbs'/'_run'/'screenshots'))
 SIZES = dict(desktop=dict(width=1280, height=900), phone=dict(width=375, height=812))
@@ -41,7 +44,7 @@ def network(toy):
 @pytest.fixture
 def site(network, toy, tmp_path):
     "The running demo, with nobody enrolled: (its address, the gallery's folder)"
-    app = demo.build_demo(tmp_path/'gallery', network, examples=toy/'clips')
+    app = demo.build_demo(tmp_path/'gallery', network, 'motion', examples=toy/'clips')
     _, url, _ = serve_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
     yield url, tmp_path/'gallery'
     app.close()
@@ -208,13 +211,13 @@ TYPE_AT_ONCE = """text => new MutationObserver((_, observer) => {
 def test_a_late_list_undoes_no_choice(browser, site, network, toy, monkeypatch):
     "Who is faster than a slow server's list keeps choice and words; who comes back finds nothing chosen."
     url, gallery = site
-    enroll('Ada', toy/'clips'/'ada_c1.mp4', gallery, network)
+    enroll('Ada', toy/'clips'/'ada_c1.mp4', gallery, network, weights='motion')
     v, come, people_now = Visitor(browser, url), threading.Event(), demo.DemoBackend.people
     v.tab('Gallery')
     ada, new_name = v.panel.get_by_label('Ada'), v.panel.get_by_label('New name')
     ada.wait_for()
     v.tab('Enrollment')
-    enroll('Bruno', toy/'clips'/'bruno_c1.mp4', gallery, network)
+    enroll('Bruno', toy/'clips'/'bruno_c1.mp4', gallery, network, weights='motion')
     monkeypatch.setattr(demo.DemoBackend, 'people', lambda self: come.wait(60) and people_now(self))
     v.tab('Gallery')
     ada.check()
@@ -236,7 +239,7 @@ def test_a_late_list_undoes_no_choice(browser, site, network, toy, monkeypatch):
 def test_late_pictures_do_not_replace_a_receipt(browser, site, network, toy, monkeypatch):
     "Who is faster than a slow server's pictures of a person sees the receipt, not the pictures of who is forgotten."
     url, gallery = site
-    enroll('Ada', toy/'clips'/'ada_c1.mp4', gallery, network)
+    enroll('Ada', toy/'clips'/'ada_c1.mp4', gallery, network, weights='motion')
     come, started, show_now = threading.Event(), threading.Event(), demo.DemoBackend.show_samples
     def late(self, *args):
         pictures = show_now(self, *args)
@@ -362,6 +365,30 @@ def test_keyboard_and_labels(browser, site):
         if v.page.evaluate('document.activeElement.innerText') == 'Submit': break
     v.page.keyboard.press('Enter')
     assert 'no identity is claimed' in v.answer('error')
+
+@pytest.mark.long
+def test_a_better_network(browser, better, toy, tmp_path, monkeypatch):  # noqa: F811
+    "It is got when the button is pressed, stands under the heading at once, and is not offered again."
+    got = []
+    monkeypatch.setattr(network_, 'import_weights', lambda name: got.append(name) or (better, None))
+    app = demo.build_demo(tmp_path/'gallery', SMALL, examples=toy/'clips')
+    _, url, _ = serve_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
+    v = Visitor(browser, url, 'phone')
+    v.page.get_by_text('the small one in the box').wait_for()
+    v.page.get_by_text('A better network', exact=True).click()
+    assert got == []
+    v.page.get_by_role('button', name='Get a network trained on more cameras').click()
+    v.page.get_by_text(f'{better.stem} is used from now on').wait_for()
+    v.page.locator('strong').get_by_text(better.stem, exact=True).wait_for()
+    v.shot('better_network')
+    v.page.get_by_label('motion: whatever moves').check()
+    assert 'Ada is enrolled' in enrol(v, 'Ada', 'ada_c1') and got == [better.stem]
+    v.page.reload()
+    v.page.locator('strong').get_by_text(better.stem, exact=True).wait_for()
+    expect(v.page.get_by_text('A better network', exact=True)).not_to_be_visible(timeout=60_000)
+    assert v.errors == []
+    fits(v)
+    app.close()
 
 @pytest.mark.long
 def test_who_has_no_password_stays_outside(browser, network, tmp_path):

@@ -37,7 +37,7 @@ def test_a_lost_crop_takes_no_answer_away(root, films, spoil):  # noqa: F811
     assert outcome.decisions[0].name == 'Red'
     assert (dec.evidence(outcome.decisions[0], root)[:,-40:] == dec.side_by_side(
         outcome.decisions[0].shot.crop, gal.missing_picture())[:,-40:]).all()
-    backend = demo.DemoBackend(root, MATCHER)
+    backend = demo.DemoBackend(root, MATCHER, 'motion')
     for reply in (backend.identify_clip(films['again'], 0, 59, 'g', 'query', '0.01'),
                   backend.verify_clip(films['again'], 0, 59, 'Red', '0.01')):
         assert 'class="answer good"' in reply.html and '<img' in reply.html
@@ -50,7 +50,7 @@ def test_a_folder_or_a_link_in_the_place_of_a_crop(root, films, tmp_path, find):
     if path.suffix: path.mkdir()
     else: path.symlink_to(tmp_path)
     assert bio.identify(films['again'], root, MATCHER).decisions[0].name == 'Red'
-    reply = demo.DemoBackend(root, MATCHER).identify_clip(films['again'], 0, 59, 'g', 'q', '0.01')
+    reply = demo.DemoBackend(root, MATCHER, 'motion').identify_clip(films['again'], 0, 59, 'g', 'q', '0.01')
     assert 'Red' in reply.html and reply.html.count('<img') == 1
 
 def test_what_is_missing_is_listed_and_repaired(run, root):
@@ -114,7 +114,7 @@ def test_crops_without_a_database(root, films):  # noqa: F811
     (root/'gallery.sqlite').unlink()
     for f, *args in (bio.enroll, 'Red'), (bio.identify,):
         with pytest.raises(BadInput, match='gallery.sqlite is gone'): f(*args, films['red'], root, MATCHER)
-    with pytest.raises(BadInput, match='gallery.sqlite is gone'): demo.DemoBackend(root, MATCHER)
+    with pytest.raises(BadInput, match='gallery.sqlite is gone'): demo.DemoBackend(root, MATCHER, 'motion')
     assert not (root/'gallery.sqlite').exists()
 
 # --- what cannot be written
@@ -145,7 +145,7 @@ def test_a_read_only_gallery_answers_and_then_warns(tmp_path, toy, unfinished):
     assert got.returncode == 2 and len(got.stderr.strip().splitlines()) <= 2 and 'Traceback' not in got.stderr, got
 
 def test_the_demo_answers_where_nothing_can_be_written(root, films, monkeypatch):  # noqa: F811
-    backend = demo.DemoBackend(root, MATCHER)
+    backend = demo.DemoBackend(root, MATCHER, 'motion')
     def full(*args): raise OSError(28, 'No space left on device', str(root.parent/'query'))
     monkeypatch.setattr(demo, 'write_query', full)
     got = backend.identify_clip(films['again'], 0, 59, 'g', 'query', '0.01')
@@ -194,7 +194,7 @@ def test_one_person_under_two_names(run, root, films, toy, tmp_path):  # noqa: F
     text = str(bio.identify(films['again'], root, MATCHER))
     assert re.search(r'1 of 1 people identified: (Red|Rosa)\n', text), text
     assert re.search(r': (Red \(or Rosa|Rosa \(or Red) [01]\.\d+: they match, too\); score', text), text
-    reply = demo.DemoBackend(root, MATCHER).enroll_clip(films['blue'], 0, 59, 'Bleu', True)
+    reply = demo.DemoBackend(root, MATCHER, 'motion').enroll_clip(films['blue'], 0, 59, 'Bleu', True)
     assert 'Bleu looks like Blue (' in reply.html and 'one person?' in reply.html
     gal.Gallery(root).merge('Rosa', 'Red')
     text = str(bio.identify(films['again'], root, MATCHER))

@@ -12,7 +12,7 @@ sys.path.insert(0, sys.argv[1])
 from test_biometrics import MATCHER
 from reid_nb import demo
 from reid_nb.parts import serve as serve_
-serve_.serve_demo(demo.build_demo(sys.argv[2], MATCHER), int(sys.argv[3]), quiet=True)
+serve_.serve_demo(demo.build_demo(sys.argv[2], MATCHER, 'motion'), int(sys.argv[3]), quiet=True)
 """
 
 @pytest.mark.long

@@ -28,7 +28,7 @@ def page(tmp_path_factory):
     "The running demo with Ada enrolled: its port"
     root = tmp_path_factory.mktemp('serve')/'gallery'
     Gallery(root, MATCHER, create=True).add('Ada', template())
-    app = demo.build_demo(root, MATCHER)
+    app = demo.build_demo(root, MATCHER, 'motion')
     _, url, _ = serve_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False, names=['reid.example.org'])
     yield int(url.rstrip('/').rsplit(':', 1)[1])
     app.close()
@@ -169,12 +169,13 @@ def start(args, **env):
 @pytest.mark.parametrize('env', [dict(http_proxy='http://127.0.0.1:9', HTTPS_PROXY='http://127.0.0.1:9'),
                                  dict(ALL_PROXY='socks5://127.0.0.1:9'), dict(all_proxy='socks4://x', no_proxy='')])
 def test_proxies_do_not_matter(tmp_path, env):
-    p, port, status = start(['--gallery', tmp_path/'g'], **env)
+    p, port, status = start(['--gallery', tmp_path/'g'], REID_HOME=str(tmp_path/'none'), **env)
     time.sleep(3)       # what launching looks at comes after the first answer
-    ended = p.poll()
+    ended, config = p.poll(), ask(port, 'GET', '/config')[1] if status else ''
     p.kill()
     out, err = p.communicate()
     assert status == 200 and ended is None, (out, err)
+    assert 'the small one in the box' in config and 'get_network' in config     # nothing was downloaded for it
 
 def test_proxies_come_back(monkeypatch):
     monkeypatch.setenv('http_proxy', 'http://a:1')
@@ -205,13 +206,13 @@ def test_launching_never_ends_in_a_traceback(monkeypatch, tmp_path):
 # --- what was swept away, and what nobody foresaw
 
 def test_a_clip_that_was_swept_away(page, tmp_path, capfd):
-    backend = demo.DemoBackend(tmp_path/'g', MATCHER)
+    backend = demo.DemoBackend(tmp_path/'g', MATCHER, 'motion')
     reply = backend.enroll_clip(str(tmp_path/'gone.mp4'), 0, 10, 'Ada', True)
     assert 'upload it again' in reply.html and 'class="answer error"' in reply.html
     assert 'upload it again' in page_.slider_updates(str(tmp_path/'gone.mp4'))[2]
 
 def test_a_fault_is_an_answer(tmp_path, monkeypatch, capfd):
-    backend = demo.DemoBackend(tmp_path/'g', MATCHER)
+    backend = demo.DemoBackend(tmp_path/'g', MATCHER, 'motion')
     def no(*args): raise ZeroDivisionError('division by zero')
     monkeypatch.setattr(demo, 'check_range', no)
     assert 'a fault of this page, ZeroDivisionError' in backend.enroll_clip('a.mp4', 0, 9, 'Ada', True).html

@@ -24,7 +24,7 @@ from reid_nb.parts.video import read_frames
 def clip(tmp_path_factory): return film(tmp_path_factory.mktemp('clip')/'red.mp4', (RED, 3, 6, 60), n=40)
 
 @pytest.fixture
-def backend(tmp_path): return demo.DemoBackend(tmp_path/'root'/'gallery', MATCHER)
+def backend(tmp_path): return demo.DemoBackend(tmp_path/'root'/'gallery', MATCHER, 'motion')
 
 def refused(backend, path, word):
     "A complaint with this word from every door, and nothing is stored"

@@ -435,7 +435,7 @@ def photo(path):
 def test_motion_finds_only_what_moves(tmp_path, make):
     path = make(tmp_path)
     with pytest.raises(BadInput, match='motion finds only what moves.*--weights'): dec.find_usable_tracks(path)
-    with pytest.raises(BadInput) as e: tracks_.require_usable(path, [], weights='yolo11n.pt')
+    with pytest.raises(BadInput) as e: tracks_.require_usable(path, tracks_.ClipTracks(detector='yolo26n.pt'))
     assert 'nobody found' in str(e.value) and 'finds only' not in str(e.value)
 
 def test_the_note_of_detect(run, tmp_path):

@@ -32,13 +32,13 @@ class SeveralPeople(BadInput):
 # %% ../../nbs/parts/26_decisions.ipynb #f72248aa
 def find_usable_tracks(
     video, # Path of a clip
-    weights:str='motion', # Detector, see `detect_people`
+    weights:str='auto', # Detector, see `find_tracks`
     start:int=0, # First frame
     stop:int=None, # Frame to stop before; None: the end
     progress=None, # See `find_tracks`
 )->tuple: # Usable tracks, and {number: why not} of the others; raises `BadInput` where nobody is usable
     "Find the people of a clip who have enough good pictures."
-    return require_usable(video, find_tracks(video, weights, start, stop, progress=progress), weights=weights)
+    return require_usable(video, find_tracks(video, weights, start, stop, progress=progress))
 
 # %% ../../nbs/parts/26_decisions.ipynb #f042856f
 def choose_track(
@@ -141,6 +141,7 @@ class Outcome:
     tracks:list=field(repr=False) # Everybody who was seen
     notes:list=field(default_factory=list) # What went wrong beside the answer, a line each
     calibration:str='' # On whom the thresholds were measured; '': not known
+    found_by:str='' # What has found the people, and why; '' where the detector was named by who asked
 
     @property
     def answer(self):
@@ -171,6 +172,7 @@ def explain(
                      f'match from {d.upper:.3f}, no match below {d.lower:.3f}')
     lines += [f'person {n}: not decided: {why}' for n, why in outcome.skipped.items()]
     if outcome.calibration: lines.append(f'thresholds: {outcome.calibration}')
+    if outcome.found_by: lines.append(outcome.found_by)
     known = [d.name for d in outcome.decisions if d.answer == 'match']
     if who is None:
         head = f'{len(known)} of {len(outcome.decisions)} people identified'

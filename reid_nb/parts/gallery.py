@@ -8,13 +8,13 @@ __all__ = ['log', 'RESERVED_NAMES', 'GALLERY_FORM', 'GALLERY_SCHEMA', 'CROP_NAME
            'GalleryDatabase', 'GalleryStore', 'missing_picture', 'read_crop', 'compare_folders', 'notice_changes',
            'refuse_orphans', 'open_store', 'Identities', 'NamedPeople', 'TemplateIndex', 'stack_features',
            'insert_template', 'note_thresholds', 'Gallery', 'lookalikes', 'missing_crops', 'return_folders',
-           'strike_off', 'repair_gallery', 'crops_by_template', 'put_templates', 'reembed_gallery', 'as_json',
-           'show_people', 'reid_gallery', 'reid_erase']
+           'strike_off', 'repair_gallery', 'crops_by_template', 'put_templates', 'reembed_gallery', 'gallery_matcher',
+           'as_json', 'show_people', 'reid_gallery', 'reid_erase']
 
 # %% ../../nbs/parts/16_gallery.ipynb #ab892673
 import json, logging, os, re, shutil, sqlite3, sys, unicodedata
 from collections import Counter
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
@@ -794,6 +794,22 @@ def reembed_gallery(
     gallery.thresholds = matcher.thresholds
     return len(made)
 
+# %% ../../nbs/parts/16_gallery.ipynb #e36b07a2
+def gallery_matcher(
+    root, # Folder of a gallery; it may be missing
+    checkpoint=None, # A checkpoint with its thresholds beside it, or a `Matcher`; None: the gallery's own
+): # `Matcher`, of `default_checkpoint` where the gallery's own is not here; raises `BadInput`
+    "Load the network that a gallery is asked with."
+    from reid_nb.parts.tracks import load_matcher # a network is loaded here, too
+    from reid_nb.parts.weights import default_checkpoint
+    store = GalleryStore(root)
+    if checkpoint is None and store.path.is_file():
+        with suppress(sqlite3.DatabaseError, LookupError): checkpoint = default_checkpoint(store.about()['model'])
+        if checkpoint and checkpoint != (best := default_checkpoint()):
+            log.info(f'{root}: was made with {checkpoint.stem}, and is asked with it; `reid_gallery --reembed '
+                     f'--gallery {root}` takes {best.stem}')
+    return load_matcher(checkpoint)
+
 # %% ../../nbs/parts/16_gallery.ipynb #8c6ef3e1
 def as_json(
     answer, # What JSON can hold
@@ -826,7 +842,7 @@ def reid_gallery(
     search:str=None, # exact, faiss, or the URL of a Qdrant server
     repair:bool=False, # After changes of the folders by hand: take folders back, strike off crops that are gone
     reembed:bool=False, # Make all templates again with --checkpoint, where the network has changed
-    checkpoint:str=None, # For --reembed: thresholds beside it; default the small model of the part Weights
+    checkpoint:str=None, # For --reembed: thresholds beside it; default an imported one, or the small model
     log:bool=False, # Show what has happened, people by number
     json:bool=False, # Answer in JSON
 ):

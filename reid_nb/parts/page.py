@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['ANSWER_KINDS', 'MAX_FRAMES', 'MAX_MINUTES', 'MAX_PIXELS', 'MAX_MB', 'MAX_VISITORS', 'Reply', 'CONSENT', 'PRIVATE',
            'no_proxies', 'figure_row', 'person_icon', 'answer_box', 'confine', 'query_crops', 'clear_query',
-           'write_query', 'check_clip', 'check_range', 'Cancelled', 'Busy', 'no_progress', 'VisitorQueue', 'complaint',
-           'say_errors', 'serve_in_turn', 'captioned_crops', 'GalleryBackend', 'EditingBackend', 'ask_who',
-           'reply_updates', 'connect_buttons', 'clip_inputs', 'slider_updates', 'submit_buttons', 'answer_column',
-           'rate_input', 'verification_tab', 'identification_tab', 'gallery_fields', 'gallery_tables', 'merged_names',
-           'gallery_lists', 'gallery_tab', 'fill_on_opening', 'offered_clips', 'heading']
+           'write_query', 'check_clip', 'check_range', 'Cancelled', 'Busy', 'no_progress', 'VisitorQueue', 'refusal',
+           'complaint', 'say_errors', 'serve_in_turn', 'captioned_crops', 'GalleryBackend', 'EditingBackend', 'ask_who',
+           'reply_updates', 'describe_api', 'connect_buttons', 'clip_inputs', 'slider_updates', 'submit_buttons',
+           'program_box', 'answer_column', 'detector_input', 'rate_choices', 'rate_input', 'verification_tab',
+           'identification_tab', 'gallery_fields', 'gallery_tables', 'merged_names', 'gallery_lists', 'gallery_tab',
+           'fill_on_opening', 'offered_clips']
 
 # %% ../../nbs/parts/28_page.ipynb #1fd5185f
-import base64, html, os, re, sqlite3, tempfile, threading, traceback
+import base64, html, inspect, os, re, sqlite3, tempfile, threading, traceback
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -21,12 +22,13 @@ from types import SimpleNamespace
 from uuid import uuid4
 
 import numpy as np
+from fastcore.docments import docments
 
-from .core import BadInput, encode_jpeg, write_jpeg
+from .core import BadInput, choose, encode_jpeg, write_jpeg
 from .film import draw_film, LABEL_GREY
-from .gallery import Gallery, read_crop
+from .gallery import Gallery, gallery_matcher, read_crop
 from .toy_city import build_toy
-from .tracks import describe, frame_times, load_matcher, visible_intervals
+from .tracks import describe, frame_times, visible_intervals
 from .video import open_video
 
 # %% ../../nbs/parts/28_page.ipynb #47156521
@@ -188,8 +190,12 @@ class VisitorQueue:
                 self.moves.notify_all()
 
 # %% ../../nbs/parts/28_page.ipynb #ef43d33d
-Reply = namedtuple('Reply', 'html film people', defaults=[None, ()])
-Reply.__doc__ = "An answer (HTML), a film (path or None), and the numbers of the people to choose from."
+Reply = namedtuple('Reply', 'html data film people', defaults=[None, None, ()])
+Reply.__doc__ = "An answer as HTML and as data for programs, a film (path or None), and the numbers of people to choose"
+
+def refusal(kind, text):
+    "Say why there is no answer, to people and to programs."
+    return Reply(answer_box(kind, text), dict(error=' '.join(text.split())))
 
 def complaint(e):
     "Put an exception into one line; what nobody foresaw goes to standard error in full."
@@ -209,19 +215,19 @@ def say_errors(
 
 # %% ../../nbs/parts/28_page.ipynb #680bef32
 def serve_in_turn(
-    f, # Method that returns a `Reply`; its first argument is a clip or a name, its last `progress`
+    f, # Method that returns a `Reply`; its first argument, if any, is a clip or a name, its last `progress`
 ): # A method that always returns a `Reply`
     "Wait for the visitor's turn, and turn errors into answers."
     @wraps(f)
-    def _f(self, what, *args, progress=no_progress):
+    def _f(self, *args, progress=no_progress):
         try:
-            with self.queue.turn(progress): return f(self, what, *args, progress=progress)
-        except Cancelled: return Reply(answer_box('stop', 'Nothing has been stored.'))
-        except Busy: return Reply(answer_box('busy', 'Many visitors at once: please try again in a minute.'))
+            with self.queue.turn(progress): return f(self, *args, progress=progress)
+        except Cancelled: return refusal('stop', 'Nothing has been stored.')
+        except Busy: return refusal('busy', 'Many visitors at once: please try again in a minute.')
         except Exception as e: text = complaint(e)
-        for folder in Path(what or '').parent, self.root:
+        for folder in Path(next(iter(args), '') or '').parent, self.root:
             text = text.replace(f'{folder}{os.sep}', '')
-        return Reply(answer_box('error', text))
+        return refusal('error', text)
     return _f
 
 def captioned_crops(
@@ -236,15 +242,20 @@ class GalleryBackend:
     "The state of the app, and what its Gallery tab shows."
     def __init__(self,
         gallery, # Folder of the gallery; it may be made later
-        checkpoint, # A checkpoint with thresholds, or a `Matcher`
-        weights:str='motion', # Detector
+        checkpoint=None, # See `gallery_matcher`
+        weights:str='auto', # Detector, where the visitor chooses none
     ): # Raises `BadInput` for a checkpoint or a gallery that cannot be used
-        self.matcher, self.weights = load_matcher(checkpoint), weights
+        self.matcher, self.weights = gallery_matcher(gallery, checkpoint), weights
         self.gallery, self.query = Path(gallery).resolve(), None
+        self.detectors = dict(auto='auto', motion='motion') | {Path(weights).name: weights}    # by the name on the page
         self.root, self.cancelled, self.queue = self.gallery.parent, set(), VisitorQueue()
         self.films = tempfile.TemporaryDirectory(prefix='reid_demo_')
         found = self.gallery.exists() and any(self.gallery.iterdir())
         if found: Gallery(self.gallery, self.matcher)   # raises for another model's
+
+    def detector(self, name):
+        "The weights that a visitor has chosen by name; raises `BadInput`."
+        return self.detectors[choose(self.detectors, name, 'detector')] if name else self.weights
 
     def open_gallery(self):
         "The gallery, or None before the first enrolment."
@@ -291,7 +302,7 @@ class EditingBackend(GalleryBackend):
         "Give a person another name."
         if not name: raise BadInput('nobody is chosen: choose a person from the list')
         now = Gallery(self.gallery).rename(name, to or '')
-        return Reply(answer_box('good', f'{name} is now called {now}.'))
+        return Reply(answer_box('good', f'{name} is now called {now}.'), dict(name=now))
 
     @serve_in_turn
     def merge(self,
@@ -302,7 +313,8 @@ class EditingBackend(GalleryBackend):
         "Make two names one person."
         if not name or not into: raise BadInput('choose a person from the list, and who it is in truth')
         stays = Gallery(self.gallery).merge(name, into)
-        return Reply(answer_box('good', f'{name} and {stays} are one person now, {stays}.', ['it can be undone']))
+        text = f'{name} and {stays} are one person now, {stays}.'
+        return Reply(answer_box('good', text, ['it can be undone']), dict(name=stays))
 
     @serve_in_turn
     def unmerge(self,
@@ -312,7 +324,7 @@ class EditingBackend(GalleryBackend):
         "Undo a merge."
         if not name: raise BadInput('no merged name is chosen')
         own = Gallery(self.gallery).unmerge(name)
-        return Reply(answer_box('good', f'{own} is a person of their own again.'))
+        return Reply(answer_box('good', f'{own} is a person of their own again.'), dict(name=own))
 
     @serve_in_turn
     def erase(self,
@@ -330,7 +342,7 @@ class EditingBackend(GalleryBackend):
                  f'the log says only that number {r["number"]} was erased',
                  'uploaded clips and films of answers leave this machine within the hour']
         if r['left']: lines.append(f'not ours, so left in the folder: {", ".join(r["left"])}')
-        return Reply(answer_box('good', f'Receipt: {r["name"]} is forgotten.', lines))
+        return Reply(answer_box('good', f'Receipt: {r["name"]} is forgotten.', lines), r)
 
 # %% ../../nbs/parts/28_page.ipynb #e58f4a1e
 CONSENT = 'This person has agreed to be enrolled, and knows that it can be undone at any time.'
@@ -341,21 +353,30 @@ def ask_who(video, tracks, film, start, stop, progress):
     draw_film(video, film, tracks, {t.number: ('', LABEL_GREY) for t in tracks}, start, stop, progress)
     question = 'Several people are in this clip. Choose the one who is meant, and submit again.'
     words = [describe(t.number, visible_intervals(t, times)) for t in tracks]
+    people = tuple(t.number for t in tracks)
     return Reply(answer_box('ask', question, words, [(best(t), f'person {t.number}') for t in tracks]),
-                 film, tuple(t.number for t in tracks))
+                 dict(error=question, people=people), film, people)
 
 # %% ../../nbs/parts/28_page.ipynb #99eb5c6b
 PRIVATE = dict(api_visibility='private')   # events of the page that are no service to programs
 
 def reply_updates(
     reply:Reply, # To show
-    n:int, # How many outputs: answer, film, people to choose from
-): # Values for Gradio's outputs
+    n:int, # How many outputs: answer, data, film, people to choose from
+)->list: # Values for Gradio's outputs
     "Turn a reply into updates of the page."
     choices = [(f'person {k}', k) for k in reply.people]
     film = gr.Video(reply.film and str(reply.film), visible=bool(reply.film))
-    updates = [reply.html, film, gr.Radio(choices, value=None, visible=bool(choices))]
-    return updates[:n] if n > 1 else reply.html
+    return [reply.html, reply.data, film, gr.Radio(choices, value=None, visible=bool(choices))][:n]
+
+# %% ../../nbs/parts/28_page.ipynb #b28fcdf3
+def describe_api(
+    f, # Method of a backend; its last argument is `progress`
+)->tuple: # Its other parameters, and what they mean, in words
+    "Describe a method to programs, by its own names and comments."
+    own = [p for p in inspect.signature(f).parameters.values() if p.name != 'progress']
+    means = docments(f)
+    return own, '\n'.join([f.__doc__, *(f'{p.name}: {means[p.name]}' for p in own)])
 
 # %% ../../nbs/parts/28_page.ipynb #fe6f7f2d
 def connect_buttons(
@@ -363,16 +384,16 @@ def connect_buttons(
     buttons:list, # Submit, and Cancel if there is one
     f, # Method of the backend that answers
     inputs:list, # Its arguments on the page
-    outputs:list, # Answer, film, people to choose from
+    outputs:list, # Answer, data, film, people to choose from
     api_name:str, # Of the service to programs
     overtakes=(), # Events whose results would come too late, over the answer
 ): # Gradio's event, for what is to follow
     "On Submit empty the old answer, then give the new one with progress; Cancel ends it."
     def begin(request:gr.Request):
         backend.cancelled.discard(request.session_hash)
-        return reply_updates(Reply(''), min(2, len(outputs)))
-    def work(request:gr.Request, bar=gr.Progress(), *args):
-        shown = None
+        return reply_updates(Reply(''), min(3, len(outputs)))
+    def work(request:gr.Request, *args):
+        (*args, bar), shown = args, None
         def progress(share, what):
             nonlocal shown
             if request.session_hash in backend.cancelled: raise Cancelled
@@ -380,11 +401,14 @@ def connect_buttons(
         try: return reply_updates(f(*args, progress=progress), len(outputs))
         finally: backend.cancelled.discard(request.session_hash)
     def cancel(request:gr.Request): backend.cancelled.add(request.session_hash)
+    (own, words), kind = describe_api(f), inspect.Parameter.POSITIONAL_OR_KEYWORD
+    work.__signature__ = inspect.Signature([    # Gradio gives what it knows by type and default
+        inspect.Parameter('request', kind), *own, inspect.Parameter('bar', kind, default=gr.Progress())])
     submit, *others = buttons
     for button in others: button.click(cancel, queue=False, **PRIVATE)
-    empty = submit.click(begin, None, outputs[:2], show_progress='hidden', queue=False,
+    empty = submit.click(begin, None, outputs[:3], show_progress='hidden', queue=False,
                          cancels=list(overtakes), **PRIVATE)
-    return empty.then(work, inputs, outputs, api_name=api_name, concurrency_limit=None,
+    return empty.then(work, inputs, outputs, api_name=api_name, api_description=words, concurrency_limit=None,
                       show_progress_on=outputs[0])
 
 # %% ../../nbs/parts/28_page.ipynb #fe33d236
@@ -400,8 +424,10 @@ def clip_inputs(examples):
                 gr.Slider(0, last, last, step=1, label='To Frame', min_width=140)]
 
 # %% ../../nbs/parts/28_page.ipynb #588ff52a
-def slider_updates(video):
-    "Updates of the sliders for a clip, and an empty answer or a complaint."
+def slider_updates(
+    video, # Path of a clip
+): # Updates of the two sliders, and an empty answer or a complaint
+    "Count the frames of a clip."
     n, text = MAX_FRAMES, ''
     try: n = check_clip(video) if video else n
     except BadInput as e:
@@ -416,34 +442,51 @@ def submit_buttons():
                 gr.Button('Cancel', min_width=100, scale=1)]
 
 # %% ../../nbs/parts/28_page.ipynb #762f3504
+def program_box():
+    "The answer as data, folded."
+    with gr.Accordion('For programs', open=False): return gr.JSON(label='Answer as data', show_label=False)
+
 def answer_column():
-    "Answer and film."
+    "Answer, data and film."
     with gr.Column(min_width=300):
-        return [gr.HTML(min_height=120), gr.Video(label='Boxes and names', visible=False, height=300)]
+        answer = gr.HTML(label='Answer', min_height=120)
+        film = gr.Video(label='Boxes and names', visible=False, height=300)
+        return [answer, program_box(), film]
+
+def detector_input(backend):
+    "Choice of the detector, for all tabs."
+    words = dict(auto='automatic', motion='motion: whatever moves before a fixed camera')
+    return gr.Radio([(words.get(k, k), k) for k in backend.detectors], value=Path(backend.weights).name,
+                    label='Who finds people')
+
+def rate_choices(backend):
+    "The false match rates of the network, and the first of them."
+    rates = [(f'1 in {round(1/float(k)):,}', k) for k in backend.matcher.thresholds]
+    return rates, rates[0][1]
 
 def rate_input(backend):
     "Choice of the false match rate."
-    rates = [(f'1 in {round(1/float(k)):,}', k) for k in backend.matcher.thresholds]
-    return gr.Radio(rates, value=rates[0][1], label='False matches allowed, for each comparison')
+    rates, first = rate_choices(backend)
+    return gr.Radio(rates, value=first, label='False matches allowed, for each comparison')
 
 # %% ../../nbs/parts/28_page.ipynb #67c22a88
-def verification_tab(backend, examples):
-    "The tab to verify a claim; returns the tab and its list of people."
+def verification_tab(backend, examples, detector):
+    "The tab to verify a claim; returns the tab, its list of people, and the choice of the rate."
     with gr.Tab('Verification') as tab, gr.Row():
         with gr.Column(min_width=300):
             clip = clip_inputs(examples)
-            claimed, samples = gr.Radio([], label='Claimed identity'), gr.HTML()
+            claimed, samples = gr.Radio([], label='Claimed identity'), gr.HTML(label='Pictures')
             fmr, press = rate_input(backend), submit_buttons()
         out = answer_column()
     measured = clip[0].change(slider_updates, clip[0], [*clip[1:], out[0]], **PRIVATE)
     claimed.change(say_errors(backend.show_samples), claimed, samples, api_name='samples')
-    connect_buttons(backend, press, backend.verify_clip, [*clip, claimed, fmr], out,
+    connect_buttons(backend, press, backend.verify_clip, [*clip, claimed, fmr, detector], out,
                     'verify', [measured])
-    return tab, claimed
+    return tab, claimed, fmr
 
 # %% ../../nbs/parts/28_page.ipynb #3cbb92f0
-def identification_tab(backend, examples):
-    "The tab to identify."
+def identification_tab(backend, examples, detector):
+    "The tab to identify; returns the choice of the rate."
     with gr.Tab('Identification'), gr.Row():
         with gr.Column(min_width=300):
             clip = clip_inputs(examples)
@@ -453,8 +496,9 @@ def identification_tab(backend, examples):
             fmr, press = rate_input(backend), submit_buttons()
         out = answer_column()
     measured = clip[0].change(slider_updates, clip[0], [*clip[1:], out[0]], **PRIVATE)
-    connect_buttons(backend, press, backend.identify_clip, [*clip, there, query, fmr], out,
+    connect_buttons(backend, press, backend.identify_clip, [*clip, there, query, fmr, detector], out,
                     'identify', [measured])
+    return fmr
 
 # %% ../../nbs/parts/28_page.ipynb #1ea0f2d3
 def gallery_fields():
@@ -473,10 +517,11 @@ def gallery_fields():
                            sure=sure, delete=delete)
 
 def gallery_tables():
-    "The answer, who is enrolled, and the log."
+    "The answer, data, who is enrolled, and the log."
     with gr.Column(min_width=300):
-        return [gr.HTML(min_height=120), gr.Dataframe(headers=['name', 'also', 'templates', 'crops', 'since'],
-                                                      label='Who is enrolled', interactive=False),
+        about = ['name', 'also', 'templates', 'crops', 'since']
+        return [gr.HTML(label='Answer', min_height=120), program_box(),
+                gr.Dataframe(headers=about, label='Who is enrolled', interactive=False),
                 gr.Dataframe(headers=['time', 'event', 'number', 'details'], label='Log', interactive=False)]
 
 # %% ../../nbs/parts/28_page.ipynb #ca230544
@@ -493,7 +538,7 @@ def gallery_tab(backend):
     "The tab to look after the gallery; returns its lists of people."
     with gr.Tab('Gallery') as tab, gr.Row():
         at = gallery_fields()
-        out, *tables = gallery_tables()
+        out, data, *tables = gallery_tables()
     lists = dict(fn=say_errors(partial(gallery_lists, backend)), outputs=[at.chosen, at.into, at.out_of, *tables],
                  show_progress='hidden', **PRIVATE)
     # A field in a closed accordion is not there yet. What is sent to it is kept, and comes when the accordion has been
@@ -509,7 +554,7 @@ def gallery_tab(backend):
                                     (at.merge, backend.merge, [at.chosen, at.into], 'merge'),
                                     (at.unmerge, backend.unmerge, [at.out_of], 'unmerge'),
                                     (at.delete, backend.erase, [at.chosen, at.sure], 'erase')):
-        connect_buttons(backend, [button], f, inputs, [out], name, [shown]).then(**empty).then(**lists)
+        connect_buttons(backend, [button], f, inputs, [out, data], name, [shown]).then(**empty).then(**lists)
     return at.chosen, at.into, at.out_of
 
 # %% ../../nbs/parts/28_page.ipynb #42538967
@@ -523,6 +568,7 @@ def fill_on_opening(
 ):
     "Fill the lists of people when the tab is opened: they are filled for a program, too."
     def people():
+        "List who is enrolled, for the lists of the page: only who is listed can be chosen."
         names, merged = backend.names(), merged_names(backend.people())
         return gr.Radio(names), gr.Radio(names), gr.Dropdown(names), gr.Dropdown(merged)
     tab.select(None, None, claimed, js='() => null', **PRIVATE)
@@ -537,9 +583,3 @@ def offered_clips(
     city = Path(gallery).resolve().parent/'toy'
     if toy: build_toy(city)
     return city/'clips' if (city/'clips').is_dir() else None
-
-def heading(backend):
-    "Say what looks at the clips: the detector, and the network by its digest."
-    name = 'motion (finds what moves before a fixed camera)'
-    if backend.weights != 'motion': name = Path(backend.weights).name
-    return f'# Who is it?\nDetector: **{name}** · network: `{backend.matcher.digest[:12]}`'

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .augment import Augment, AUGMENTS, crop_batches, pack_pairs, render_pairs, ViewPairs
 from .core import BadInput, choose, parse_size, rng_of
 from .device import to_input
-from .models import build_backbone, check_size, OSNETS, RESNETS
+from .models import build_backbone, check_size, NETWORKS
 from .training import (
     check_fields, gather, prefetch, rank_and_world, Session)
 from .weights import embed_with, load_checkpoint, pooled, read_image
@@ -115,7 +115,7 @@ OPTIMIZERS = dict(sgd=partial(torch.optim.SGD, lr=0, momentum=.9, weight_decay=1
 DRAWS = 'fast','device'
 POSITIVES,NEGATIVES = ['crop','track'],['all','video']
 MOCO_RANGES = dict(
-    arch=[*RESNETS, *OSNETS], epochs=(1,10**9), batch=(2,2**16), augment=AUGMENTS, positives=POSITIVES,
+    arch=NETWORKS, epochs=(1,10**9), batch=(2,2**16), augment=AUGMENTS, positives=POSITIVES,
     negatives=NEGATIVES, lr=(0,1e30), optimizer=OPTIMIZERS, queue=(1,2**14), m=(0,1), tau=(1e-3,100), bn=BNS,
     clip=(1e-9,1e9), accumulate=(1,2**16), draw=[*DRAWS])
 

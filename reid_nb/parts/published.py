@@ -7,8 +7,8 @@ __all__ = ['TORCHREID', 'HEADS', 'TRUNK', 'BRANCHES', 'OLDER', 'GUESSES', 'TRAIN
            'SCHEDULE', 'REGISTRY', 'CALIBRATIONS', 'FORMS', 'try_size', 'Imported', 'settings', 'plain_names', 'misfit',
            'find_torchreid', 'from_torchreid', 'mgn_name', 'fastreid_name', 'newer_names', 'fastreid_parts',
            'fill_fastreid', 'from_fastreid', 'from_backbone', 'from_onnx', 'from_roboflow', 'fetch', 'fetch_entry',
-           'inputs_of', 'known_calibration', 'keep_calibration', 'describe_matching', 'library', 'checkpoint_path',
-           'recognize', 'obtain', 'import_weights', 'describe_import', 'reid_import', 'to_fastreid', 'to_torchvision',
+           'inputs_of', 'known_calibration', 'keep_calibration', 'describe_matching', 'checkpoint_path', 'recognize',
+           'obtain', 'import_weights', 'describe_import', 'reid_import', 'to_fastreid', 'to_torchvision',
            'to_torchreid', 'export_weights', 'reid_export']
 
 # %% ../../nbs/parts/30_published.ipynb #438d4875
@@ -25,8 +25,8 @@ from .core import atomic_write, BadInput, choose, command, lock, parse_size, sha
 from .models import build_backbone, OSNETS, ReidModel, RESNETS, torchreid_model, TorchreidModel
 from .scoring import write_json
 from .weights import (
-    build_model, BYTES, calibration_words, export_onnx, fit_weights, load_checkpoint, load_model, load_thresholds,
-    OnnxModel, read_thresholds, read_weights, RESIZES, save_checkpoint, STATS, thresholds_path)
+    build_model, BYTES, calibration_words, export_onnx, fit_weights, library, load_checkpoint, load_model,
+    load_thresholds, OnnxModel, read_thresholds, read_weights, RESIZES, save_checkpoint, STATS, thresholds_path)
 
 # %% ../../nbs/parts/30_published.ipynb #db4184e5
 @torch.no_grad()
@@ -322,12 +322,17 @@ def fetch(
 )->Path: # The file in the client's cache; raises `BadInput` where it cannot be had
     "Download a file of the Hugging Face Hub, or take it from the cache."
     import huggingface_hub
+    from huggingface_hub.utils import get_session
     parts = address.removeprefix('hf://').split('/', 2)
     if len(parts)<3 or not all(parts): raise BadInput(f'{address}: write hf://owner/repository/file')
+    repo,file = '/'.join(parts[:2]),parts[2]
     from_where = dict(revision=revision, endpoint=os.environ.get('HF_ENDPOINT'))
-    try: return Path(huggingface_hub.hf_hub_download('/'.join(parts[:2]), parts[2], **from_where))
+    try:
+        if not huggingface_hub.try_to_load_from_cache(repo, file, revision=revision):   # the client tries for 40 s
+            get_session().head(huggingface_hub.hf_hub_url(repo, file, **from_where), timeout=5)
+        return Path(huggingface_hub.hf_hub_download(repo, file, **from_where))
     except Exception as e:  # of the client, of httpx, of the disk
-        why,repo,file = ' '.join(str(e).split())[:120],'/'.join(parts[:2]),parts[2]
+        why = ' '.join(str(e).split())[:120]
         raise BadInput(f'{address} cannot be had ({why}): where there is a network, get {file} from {repo} on the '
                        'Hugging Face Hub, then reid_import FILE') from None
 
@@ -385,10 +390,6 @@ def describe_matching(
             f'measure on your own: {own}')
 
 # %% ../../nbs/parts/30_published.ipynb #1479ea2a
-def library()->Path: # ~/.cache/reid_nb, or what REID_HOME says
-    "Give the folder of imported networks."
-    return Path(os.environ.get('REID_HOME') or Path.home()/'.cache'/'reid_nb')
-
 def checkpoint_path(
     source, # Name in the registry, 'hf://owner/repository/file', a file or a folder
 )->Path: # In `library` for what is downloaded, else in this folder; it need not be there

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NO_GROUPS', 'PLAIN', 'NOTHING', 'full_names', 'write_features', 'load_npz', 'read_features', 'features_of',
-           'load_features', 'shipped_model', 'name_source', 'check_options', 'name_options', 'pick_source',
-           'check_request', 'own_figures', 'describe_ties', 'attempt', 'split_figures', 'curve_points', 'rank_and_note',
-           'summarize', 'write_json', 'write_thresholds', 'writing', 'check_calibration', 'check_thresholds',
-           'describe_threshold', 'describe_calibration', 'describe_result', 'check_sources', 'compare_models',
-           'describe_models']
+           'load_features', 'shipped_model', 'name_source', 'knows_cameras', 'describe_cameras', 'check_options',
+           'name_options', 'pick_source', 'check_request', 'own_figures', 'describe_ties', 'attempt', 'split_figures',
+           'curve_points', 'rank_and_note', 'summarize', 'write_json', 'write_thresholds', 'writing',
+           'check_calibration', 'check_thresholds', 'describe_threshold', 'describe_calibration', 'describe_result',
+           'check_sources', 'compare_models', 'describe_models']
 
 # %% ../../nbs/parts/24_scoring.ipynb #a5303e44
 import json, re
@@ -25,7 +25,7 @@ from .core import atomic_write, BadInput, lock, sha256
 from .metrics import (
     average_queries, bootstrap, chance, check_answers, check_features, check_rerank, compare_scores, histograms,
     normalize, open_set, operating_points, pair_figures, rank, rank_with, roc_points, score_counts, tied_queries)
-from .weights import read_thresholds, thresholds_path
+from .weights import LEAST, read_thresholds, thresholds_path
 
 # %% ../../nbs/parts/24_scoring.ipynb #69866eb4
 def full_names(
@@ -88,26 +88,30 @@ def features_of(
     benchmark:Benchmark, # The pictures
     ckpt, # A checkpoint of `finetune` or `pretrain`
     flip:bool=False, # Average with the mirror images
+    by_camera:bool=False, # With statistics of each camera's own pictures, see `embed_by_camera`
 )->tuple: # float32[q,d] of the queries, float32[g,d] of the gallery; raises `BadInput`
     "Embed queries and gallery."
-    from reid_nb.parts.weights import embed, load_model
+    from reid_nb.parts.weights import embed, embed_by_camera, load_model
     model, meta = load_model(ckpt)
     parts = benchmark.query, benchmark.gallery
-    return tuple(embed(model, meta, [s.path for s in part], flip=flip) for part in parts)
+    if not by_camera: return tuple(embed(model, meta, [s.path for s in part], flip=flip) for part in parts)
+    samples = [*benchmark.query, *benchmark.gallery]
+    f = embed_by_camera(model, meta, [s.path for s in samples], [s.camid for s in samples], flip=flip)
+    return f[:len(benchmark.query)], f[len(benchmark.query):]
 
 # %% ../../nbs/parts/24_scoring.ipynb #0d47dca4
 def load_features(
     benchmark:Benchmark, # The pictures
     source, # A checkpoint, or an npz of features
     ready:bool, # Is it an npz?
-    options:dict, # `flip` and `multi_query` are used
+    options:dict, # `flip`, `by_camera` and `multi_query` are used
 )->tuple: # float32[q,d] of the queries, float32[g,d] of the gallery; raises `BadInput`
     "Embed or read the features of a benchmark, and average them over queries where asked."
     several = options.get('multi_query')
     queries = [*benchmark.query, *benchmark.more] if several else benchmark.query
     everything = replace(benchmark, query=queries)
     if ready: qf, gf = read_features(source, everything)
-    else: qf, gf = features_of(everything, source, options.get('flip', False))
+    else: qf, gf = features_of(everything, source, options.get('flip', False), options.get('by_camera', False))
     check_features(everything, qf, gf)
     if several: qf = average_queries(everything, qf)
     return qf[:len(benchmark.query)], gf
@@ -125,6 +129,24 @@ def name_source(
     "Name the file that a result is of, with its digest."
     return dict(source=Path(path).name, checkpoint_digest=sha256(path))
 
+# %% ../../nbs/parts/24_scoring.ipynb #0da2322e
+def knows_cameras(
+    benchmark:Benchmark, # With a protocol
+)->bool: # Are there several, and are they cameras?
+    "Tell whether a benchmark says which camera took each picture."
+    return not benchmark.protocol.figures and len({s.camid for s in benchmark.gallery}) > 1
+
+def describe_cameras(
+    benchmark:Benchmark, # The pictures
+)->str: # A note for a result
+    "Say what `by_camera` has taken from the pictures of a test."
+    found = Counter(s.camid for s in [*benchmark.query, *benchmark.gallery])
+    few = sum(n < LEAST for n in found.values())
+    rest = f' (the others have under {LEAST} pictures)' if few else ''
+    return ("by_camera: the network's statistics are taken anew from this test's own pictures, without their labels, "
+            f'in {len(found) - few:,} of {len(found):,} cameras{rest}')
+
+
 # %% ../../nbs/parts/24_scoring.ipynb #2a8f8be9
 def check_options(
     benchmark:Benchmark, # With a protocol
@@ -135,13 +157,15 @@ def check_options(
 ):
     "Raise `BadInput` for options that do not go together, before the long part begins."
     if against and not Path(against).is_file(): raise BadInput(f'{against}: no such file')
-    if ready and options.get('flip'):
-        raise BadInput(f'flip goes with a checkpoint, not with ready-made features ({ready[0]})')
+    for name in {*options} & {'flip', 'by_camera'}:
+        if ready: raise BadInput(f'{name} goes with a checkpoint, not with ready-made features ({ready[0]})')
+    if 'by_camera' in options and not knows_cameras(benchmark):
+        raise BadInput(f'by_camera: {benchmark.protocol.name} does not say which of several cameras took a picture')
     if options.get('expand', 1) < 1: raise BadInput(f'expand {options["expand"]}: at least 1')
     if 'rounds' in options and not (options['rounds'] > 0 and 'expand' in options):
         raise BadInput(f'rounds {options["rounds"]}: give --expand too, and at least 1')
-    if embed_only and (against or options.keys() - {'flip'}):
-        raise BadInput('embed_only only writes features: of the options it takes flip alone')
+    if embed_only and (against or options.keys() - {'flip', 'by_camera'}):
+        raise BadInput('embed_only only writes features: of the options it takes flip and by_camera alone')
     names = ''.join(full_names([*benchmark.query, *benchmark.gallery])) if embed_only else ''
     if odd := re.search('[\ud800-\udfff]', names):
         raise BadInput(f'a picture has a name that is not UTF-8, which npz cannot hold: ...{names[:odd.end()][-40:]!a}')
@@ -154,9 +178,10 @@ def name_options(
     expand:int=0, # Add so many best answers to each query
     multi_query:bool=False, # Average all queries of a person in a camera
     rounds:int=1, # Times to expand
+    by_camera:bool=False, # With statistics of each camera's own pictures
 )->dict: # {name: value} of the options that are on
     "Collect the options that are on."
-    options = dict(flip=flip, rerank=rerank, expand=expand, multi_query=multi_query)
+    options = dict(flip=flip, rerank=rerank, expand=expand, multi_query=multi_query, by_camera=by_camera)
     options = {name: value for name, value in options.items() if value}
     return options | (dict(rounds=rounds) if rounds != 1 else {})
 
@@ -280,6 +305,7 @@ def rank_and_note(
         elif np.allclose(qf, before, atol=1e-5): notes.append(NO_GROUPS)
     ways = [k for k in ('expand', 'rerank') if options.get(k)]
     if ways: notes.append(f'{", ".join(ways)}: for CMC, mAP and mINP only; {PLAIN}')
+    if options.get('by_camera'): notes.append(describe_cameras(benchmark))
     if tied := describe_ties(benchmark, qf, gf, None if ways else scores): notes.append(tied)
     return scores, qf, notes
 

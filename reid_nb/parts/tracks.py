@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['TRACKER_LOCK', 'frame_times', 'QualityGate', 'sharpness', 'Shot', 'largest_overlap', 'check_person', 'check_people',
-           'Track', 'find_tracks', 'progress_bar', 'select_usable', 'require_usable', 'visible_intervals', 'describe',
-           'Matcher', 'load_matcher', 'Template', 'make_template']
+           'Track', 'follow_people', 'ClipTracks', 'any_usable', 'find_tracks', 'progress_bar', 'select_usable',
+           'require_usable', 'visible_intervals', 'describe', 'Matcher', 'load_matcher', 'Template', 'make_template']
 
 # %% ../../nbs/parts/15_tracks.ipynb #a359ad52
 import threading
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
 from .core import BadInput, sha256
-from .detect import detect_people, ONLY_MOTION
+from .detect import auto_weights, detect_people, ONLY_MOTION
 from .detections import fit_boxes
 from .video import show_times
 from .weights import calibration_words, read_thresholds
@@ -113,7 +114,7 @@ def check_people(
 @dataclass
 class Track:
     "One person through a clip."
-    number:int # From 1, in order of appearance
+    number:int # From 1: first those with enough good pictures, in order of appearance, then the others
     seen:list=field(default_factory=list) # (frame, box) of each sighting
     refused:Counter=field(default_factory=Counter) # Reasons of the refused pictures, counted
     best:dict=field(default_factory=dict) # Stretch -> its best `Shot`
@@ -138,15 +139,15 @@ class Track:
 # %% ../../nbs/parts/15_tracks.ipynb #9a140a51
 TRACKER_LOCK = threading.Lock()  # the tracker counts its tracks in one place for all threads
 
-def find_tracks(
+def follow_people(
     video, # Path of a video file
-    weights:str='motion', # Detector, see `detect_people`
+    weights:str, # Detector, see `detect_people`
     start:int=0, # First frame
     stop:int=None, # Frame to stop before; None: the end
     gate:QualityGate=QualityGate(), # Limits
-    progress=None, # Called with (share done, 0 to 1; what is done); what it raises ends the job
-)->list: # A `Track` for each person; raises `BadInput` for a bad video, weights or range
-    "Detect and track everybody in a part of a clip."
+    progress=None, # As for `find_tracks`
+)->list: # A `Track` for each person, numbered; raises `BadInput` for a bad video, weights or range
+    "Detect everybody in a part of a clip with one detector, and track them."
     if start < 0 or stop is not None and stop <= start:
         raise BadInput(f'frames {start} to {stop}: give a first one from 0, and a later one')
     tracks, n = {}, len(frame_times(video, start))
@@ -155,8 +156,50 @@ def find_tracks(
         for i, rgb, people in detect_people(video, weights, start, stop):
             if progress: progress(min(1, (i - start + 1)/n), 'looking for people')
             for person, shot in zip(people, check_people(i, rgb, people, gate)):
-                tracks.setdefault(person.track, Track(len(tracks) + 1)).add(shot)
-    return list(tracks.values())
+                tracks.setdefault(person.track, Track(0)).add(shot)
+    ordered = sorted(tracks.values(), key=lambda t: t.good < gate.pictures)
+    for number, track in enumerate(ordered, 1): track.number = number
+    return ordered
+
+# %% ../../nbs/parts/15_tracks.ipynb #907206e2
+class ClipTracks(list):
+    "The people of a clip, and what has found them."
+    def __init__(self,
+        tracks=(), # From `follow_people`
+        detector:str='motion', # 'motion', or the name of the weights
+        found_by:str='', # The same for people to read, and why; '' where the detector was named by who asked
+    ): super().__init__(tracks); self.detector, self.found_by = detector, found_by
+
+# %% ../../nbs/parts/15_tracks.ipynb #42a6ddb5
+def any_usable(
+    tracks:list, # From `follow_people`
+    gate:QualityGate=QualityGate(), # Limits
+)->bool: # Has anybody enough good pictures?
+    "Tell whether anybody can be seen well enough."
+    return any(t.good >= gate.pictures for t in tracks)
+
+# %% ../../nbs/parts/15_tracks.ipynb #8e3c1e87
+def find_tracks(
+    video, # Path of a video file
+    weights:str='auto', # Detector, see `detect_people`; or 'auto', the best that can be had here
+    start:int=0, # First frame
+    stop:int=None, # Frame to stop before; None: the end
+    gate:QualityGate=QualityGate(), # Limits
+    progress=None, # Called with (share done, 0 to 1; what is done); what it raises ends the job
+)->ClipTracks: # A `Track` for each person; raises `BadInput` for a bad video, weights or range
+    "Detect and track everybody in a part of a clip."
+    rest = start, stop, gate, progress
+    if weights != 'auto': return ClipTracks(follow_people(video, weights, *rest), Path(weights).name)
+    chosen, why = auto_weights()
+    name = Path(chosen.partition('::')[0]).stem
+    tracks = ClipTracks(follow_people(video, chosen, *rest), Path(chosen).name, f'found by {name}')
+    if chosen == 'motion': tracks.found_by = f'found by motion: {why}' if why else ''
+    elif not any_usable(tracks, gate):
+        try: moving = follow_people(video, 'motion', *rest)
+        except BadInput: moving = []       # the camera moves
+        nobody = f'{name} found nobody' + ' well enough'*bool(tracks)
+        if any_usable(moving, gate): return ClipTracks(moving, 'motion', f'found by motion: {nobody}')
+    return tracks
 
 # %% ../../nbs/parts/15_tracks.ipynb #3c98b712
 @contextmanager
@@ -190,13 +233,14 @@ def require_usable(
     video, # Path of the clip, for the message
     tracks:list, # From `find_tracks`
     gate:QualityGate=QualityGate(), # Limits
-    weights:str='motion', # Detector that was used
 )->tuple: # As `select_usable`; raises `BadInput` where no track is usable
     "Separate the usable tracks from the others, and insist on one."
     good, why = select_usable(tracks, gate)
     if good: return good, why
     reasons = '; '.join(f'person {n}: {r}' for n, r in why.items())
-    hint = f': {ONLY_MOTION}' if weights == 'motion' and not tracks else ''
+    detector, why = getattr(tracks, 'detector', ''), getattr(tracks, 'found_by', '')
+    hint = f': {ONLY_MOTION}' if detector == 'motion' and not tracks else ''
+    if why: hint += f' ({why.replace("found by", "looked for by")})'
     raise BadInput(f'{video}: nobody to be seen well enough ({reasons or "nobody found"}){hint}')
 
 # %% ../../nbs/parts/15_tracks.ipynb #77c94bb9
@@ -227,20 +271,22 @@ class Matcher:
     digest:str # SHA-256 of the checkpoint
     thresholds:dict # {'0.01': {'threshold', 'low', 'high', ...}, ...} by false match rate
     calibration:str='' # On whom they were measured, see `calibration_words`
+    path:Path=None # The checkpoint
+    network:tuple=None # Model and settings, where it is to learn about cameras
 
 def load_matcher(
-    ckpt=None, # A checkpoint with its thresholds beside it; None: `SMALL`; a `Matcher` is returned
+    ckpt=None, # A checkpoint with its thresholds beside it; None: see `default_checkpoint`; a `Matcher` is returned
 )->Matcher: # Raises `BadInput` where either is missing, or where they do not belong together
     "Load a network and its thresholds, once."
     if isinstance(ckpt, Matcher): return ckpt
     from reid_nb.parts.weights import embed, load_model
-    from reid_nb.parts.weights import SMALL
-    ckpt = ckpt or SMALL
+    from reid_nb.parts.weights import default_checkpoint
+    ckpt = ckpt or default_checkpoint()
     (model, meta), known = load_model(ckpt), read_thresholds(ckpt)
     if not known.get('thresholds'):
         raise BadInput(f'{ckpt}: no thresholds for it beside it: reid_calibrate measures them')
     return Matcher(lambda crops: embed(model, meta, crops), sha256(ckpt), known['thresholds'],
-                   calibration_words(known))
+                   calibration_words(known), Path(ckpt), (model, meta))
 
 # %% ../../nbs/parts/15_tracks.ipynb #353e1514
 @dataclass
