@@ -15,7 +15,7 @@ from reid_nb.parts.drift import check_drift
 from reid_nb.parts.models import torchreid_model
 from reid_nb.parts.published import CALIBRATIONS, describe_import, import_weights, keep_calibration
 from reid_nb.parts.tracks import load_matcher
-from reid_nb.parts.weights import calibration_words, load_checkpoint, read_thresholds, SMALL, thresholds_path
+from reid_nb.parts.weights import calibration_words, read_thresholds, SMALL, thresholds_path
 
 POINTS = {'0.01': dict(threshold=.6, low=.5, high=.7), '0.001': dict(threshold=.8, low=.7, high=.9)}
 ABOUT = dict(protocol='market_folder', data='shop', identities=1040, measured='2026-11-29', thresholds=POINTS)
@@ -39,7 +39,9 @@ def known(files, tmp_path, monkeypatch):
     scores = dict(edges=[-1, 0, .3, 1], impostor=[50, 40, 10])
     told = ABOUT | dict(checkpoint_digest=sha256(ckpt), scores=scores, data_digest='0'*64)
     thresholds_path(ckpt).write_text(json.dumps(told))
-    return keep_calibration(ckpt, tmp_path/'calibrations')
+    path = keep_calibration(ckpt, tmp_path/'calibrations')
+    path.write_text(path.read_text().replace(sha256(ckpt), '0'*64))    # of a checkpoint that somebody else has made
+    return path
 
 def said(*args, **how):
     out, found = import_weights(*args, **how)
@@ -73,33 +75,29 @@ def test_thresholds_of_ones_own_stay(files, known, tmp_path):
     _, line = said(files/'a.pth', out=tmp_path/'ours')    # it is not mended, and not hidden
     assert 'damaged' in line and 'reid_calibrate' in line and thresholds_path(out).read_text() == '{"of": "nothing"}'
 
+@pytest.fixture(scope='module')
+def kept(files, tmp_path_factory):
+    "Thresholds of the first file as they are kept, and the settings of its import"
+    folder = tmp_path_factory.mktemp('kept')
+    ckpt, found = import_weights(files/'a.pth', out=folder/'measured')
+    thresholds_path(ckpt).write_text(json.dumps(ABOUT | dict(checkpoint_digest=sha256(ckpt))))
+    return keep_calibration(ckpt, folder), found.meta
+
 @given(st.data())
 @settings(max_examples=40, deadline=None)
-def test_any_damage_of_what_comes_along(files, known_once, data):
-    "One line and nothing written, or thresholds that can be read."
-    known, whole, tmp = known_once
-    at = data.draw(st.integers(0, len(whole) - 1))
-    bad = whole[:at] + data.draw(st.binary(max_size=3)) + whole[at + data.draw(st.integers(0, 5)):]
-    known.write_bytes(bad)
-    ckpt = tmp/'ours.safetensors'
-    for path in tmp.glob('ours*'): path.unlink()
-    meta, digest = load_checkpoint(tmp/'measured.safetensors')[1], known.stem
-    try: got = published.known_calibration(digest, meta)
-    except BadInput as e: assert '\n' not in str(e) and 'damaged' in str(e) and 'install reid_nb again' in str(e)
-    else: assert not got or all(t['low'] <= t['high'] for t in got['thresholds'].values()) and calibration_words(got)
-    finally: known.write_bytes(whole)
-    assert not ckpt.exists()
-
-@pytest.fixture(scope='module')
-def known_once(files, tmp_path_factory):
+def test_any_damage_of_what_comes_along(kept, data):
+    "One line, or thresholds that can be read."
+    path, meta = kept
+    whole = path.read_bytes()
+    place = data.draw(st.integers(0, len(whole) - 1))
+    cut = whole[place + data.draw(st.integers(0, 5)):]
     with pytest.MonkeyPatch.context() as patch:
-        tmp = tmp_path_factory.mktemp('once')
-        patch.setattr(published, 'CALIBRATIONS', tmp/'calibrations')
-        (tmp/'calibrations').mkdir()
-        ckpt, _ = import_weights(files/'a.pth', out=tmp/'measured')
-        thresholds_path(ckpt).write_text(json.dumps(ABOUT | dict(checkpoint_digest=sha256(ckpt))))
-        path = keep_calibration(ckpt, tmp/'calibrations')
-        yield path, path.read_bytes(), tmp
+        patch.setattr(published, 'CALIBRATIONS', path.parent)
+        path.write_bytes(whole[:place] + data.draw(st.binary(max_size=3)) + cut)
+        try: got = published.known_calibration(path.stem, meta)
+        except BadInput as e: assert '\n' not in str(e) and 'damaged' in str(e) and 'install reid_nb again' in str(e)
+        else: assert all(t['low'] <= t['high'] for t in got.get('thresholds', {}).values()) and calibration_words(got)
+        finally: path.write_bytes(whole)
 
 def test_damage_is_one_line_of_the_command(files, known, tmp_path):
     whole = known.read_text()
@@ -158,14 +156,14 @@ def test_a_calibration_says_where_and_when(toy, tmp_path, monkeypatch):
     from reid_nb.parts.metrics import color_histogram
     def features(bench, ckpt): return color_histogram(bench.query), color_histogram(bench.gallery)
     monkeypatch.setattr(e, 'features_of', features)
-    odd = tmp_path/'my <b>shop\n\udcff'
+    odd = tmp_path/'my <b>shop\nI'
     odd.mkdir()
     for part in (toy/'market').iterdir(): (odd/part.name).symlink_to(part)
     ckpt = tmp_path/'a.safetensors'
     ckpt.write_bytes(b'weights')
     calibrate(ckpt, odd)
     got = read_thresholds(ckpt)
-    assert calibration_words(got) == 'calibrated on my <b>shop ? (market_folder), 48 people'
+    assert calibration_words(got) == 'calibrated on my <b>shop I (market_folder), 48 people'
     assert len(got['measured']) == 10 and got['identities'] == 48
 
 @given(st.dictionaries(st.sampled_from(['protocol', 'data', 'identities']),
@@ -173,6 +171,7 @@ def test_a_calibration_says_where_and_when(toy, tmp_path, monkeypatch):
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_words_are_one_line(about):
     "Whatever a file says: one line that any page can show, or the file is called damaged."
+    assert calibration_words(dict(thresholds=POINTS, data='a\udcff')).encode() == b'calibrated on a?'
     try: words = calibration_words(about | dict(thresholds=POINTS))
     except (TypeError, ValueError): return
     assert words.startswith('calibrated on ') and len(words.splitlines()) == 1 and words.encode()

@@ -514,7 +514,7 @@ def calibration_words(
     "Say on whom thresholds were measured."
     if not known.get('thresholds'): return 'not calibrated'
     protocol,data = (known.get(k) for k in ('protocol','data'))
-    where = f'{data} ({protocol})' if data and data!=protocol else protocol
+    where = f'{data} ({protocol})' if data and protocol and data!=protocol else data or protocol
     people = f'{known["identities"]:,} people' if 'identities' in known else ''
     words = ' '.join(', '.join(x for x in (where, people) if x).split())
     return f'calibrated on {words or "people who are not named"}'.encode(errors='replace').decode()
