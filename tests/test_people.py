@@ -266,3 +266,13 @@ def test_a_number_means_the_same_everywhere(monkeypatch, tmp_path):
     assert labels[3][0] == labels[4][0] == 'not decided' and sorted(labels) == [t.number for t in outcome.tracks]
     assert {t.number: t.good for t in outcome.tracks} == {1: 6, 2: 7, 3: 2, 4: 0}
     assert 'Ada' in labels[2][0]
+
+def test_many_who_are_not_decided_take_one_line(monkeypatch, tmp_path):
+    good, clip = [6] + [2]*7, tmp_path/'a.mp4'
+    from reid_nb import biometrics
+    for where in (tracks_, dec, biometrics): monkeypatch.setattr(where, 'frame_times', lambda *a: np.arange(20.))
+    monkeypatch.setattr(tracks_, 'detect_people', some_tracks(good))
+    enroll('Ada', clip, tmp_path/'g')
+    lines = dec.explain(identify(clip, tmp_path/'g'))
+    assert len(lines) == 3 and lines[2] == ('7 more (person 2 to 8): not decided: too few good pictures each '
+                                            '(14 cut by the edge)')
