@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -194,6 +195,26 @@ def test_somebody_who_stands_for_a_while_stays(tmp_path):
     found = tracks_.find_tracks(film(tmp_path/'a.mp4', map(scene, where)), 'motion')
     assert len(found) == 1 and found[0].good >= 40
 
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.sampled_from(['plain', 'noise', 'half', 'scene'])), min_size=1,
+                max_size=40), st.integers(2, 400), st.integers(2, 160))
+def test_any_frames_have_boxes_inside_or_a_camera_that_moves(made, height, width):
+    def frame(seed, kind):
+        random = np.random.default_rng(seed)
+        if kind == 'scene': return cv2.resize(scene(seed % 296 if seed % 2 else None), (width, height))
+        rgb = np.full((height, width, 3), random.integers(0, 256, 3), np.uint8)
+        if kind == 'noise': rgb = random.integers(0, 256, (height, width, 3), np.uint8)
+        if kind == 'half': rgb[:, random.integers(width):] = 255 - rgb[0, 0]
+        return rgb
+    frames = [frame(*m) for m in made]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        try: find = detect.motion_boxes(detect.median_frame(frames))
+        except BadInput as e: return None if str(e) == detect.CAMERA_MOVES else pytest.fail(str(e))
+        found = np.concatenate([find(rgb) for rgb in frames])
+    assert found.dtype == np.float32 and found.shape[1] == 6 and np.isfinite(found).all()
+    assert (found[:, :2] >= 0).all() and (found[:, 2:4] <= [width + 1, height + 1]).all()
+
 def pan(path, step): return film(path, [GROUND[:, step*i:step*i + 320] for i in range(40)])
 
 @pytest.mark.parametrize('step', [2, 7])
@@ -266,3 +287,13 @@ def test_a_number_means_the_same_everywhere(monkeypatch, tmp_path):
     assert labels[3][0] == labels[4][0] == 'not decided' and sorted(labels) == [t.number for t in outcome.tracks]
     assert {t.number: t.good for t in outcome.tracks} == {1: 6, 2: 7, 3: 2, 4: 0}
     assert 'Ada' in labels[2][0]
+
+def test_many_who_are_not_decided_take_one_line(monkeypatch, tmp_path):
+    good, clip = [6] + [2]*7, tmp_path/'a.mp4'
+    from reid_nb import biometrics
+    for where in (tracks_, dec, biometrics): monkeypatch.setattr(where, 'frame_times', lambda *a: np.arange(20.))
+    monkeypatch.setattr(tracks_, 'detect_people', some_tracks(good))
+    enroll('Ada', clip, tmp_path/'g')
+    lines = dec.explain(identify(clip, tmp_path/'g'))
+    assert len(lines) == 3 and lines[2] == ('7 more (person 2 to 8): not decided: too few good pictures each '
+                                            '(14 cut by the edge)')

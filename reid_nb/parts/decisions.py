@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'ANSWERS', 'ANSWER_STYLES', 'SeveralPeople', 'find_usable_tracks', 'choose_track', 'other_names', 'same_person',
-           'Decision', 'most_similar_pair', 'side_by_side', 'evidence', 'Outcome', 'explain', 'film_labels',
-           'log_outcome', 'print_outcome']
+           'Decision', 'most_similar_pair', 'side_by_side', 'evidence', 'Outcome', 'explain_skipped', 'explain',
+           'film_labels', 'log_outcome', 'print_outcome']
 
 # %% ../../nbs/parts/26_decisions.ipynb #ee8254dd
 import logging, sqlite3
+from collections import Counter
 from dataclasses import dataclass, field
 
 import cv2
@@ -158,6 +159,19 @@ class Outcome:
 
     def __str__(self): return '\n'.join(explain(self))
 
+# %% ../../nbs/parts/26_decisions.ipynb #9f9f0337
+def explain_skipped(
+    outcome, # `Outcome` of a question
+    most:int=5, # More of them are told together
+)->list: # Of str
+    "Say about whom nothing is decided, and why."
+    skipped = outcome.skipped
+    if len(skipped) <= most: return [f'person {n}: not decided: {why}' for n, why in skipped.items()]
+    refused = sum((t.refused for t in outcome.tracks if t.number in skipped), Counter())
+    reasons = ', '.join(f'{n} {reason}' for reason, n in refused.most_common())
+    return [f'{len(skipped)} more (person {min(skipped)} to {max(skipped)}): not decided: too few good pictures each'
+            + (f' ({reasons})' if reasons else '')]
+
 # %% ../../nbs/parts/26_decisions.ipynb #605f678a
 def explain(
     outcome:Outcome, # Of `verify` or `identify`
@@ -171,7 +185,7 @@ def explain(
         if d.others: found += f' (or {", ".join(f"{n} {score:.3f}" for n, score in d.others)}: they match, too)'
         lines.append(f'{describe(d.track, d.seen)}: {found}; score {d.score:.3f}, '
                      f'match from {d.upper:.3f}, no match below {d.lower:.3f}')
-    lines += [f'person {n}: not decided: {why}' for n, why in outcome.skipped.items()]
+    lines += explain_skipped(outcome)
     if outcome.calibration: lines.append(f'thresholds: {outcome.calibration}')
     lines += [line for line in (outcome.found_by, outcome.camera) if line]
     known = [d.name for d in outcome.decisions if d.answer == 'match']

@@ -163,6 +163,7 @@ def is_ghost(
 )->bool: # Is the outline of the shape stronger in the background than in the frame?
     "Tell what is left of the background from what is in the frame."
     outline = cv2.morphologyEx(shape, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+    if not outline.any(): return False     # it fills the frame
     return edge_strength(background)[outline].mean() > edge_strength(frame)[outline].mean()
 
 # %% ../../nbs/parts/06_detect.ipynb #69b57217
