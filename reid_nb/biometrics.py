@@ -55,8 +55,8 @@ def enroll(
     weights:str='auto', # Ultralytics weights, or motion (fixed cameras); auto: the best that can be had here
     track:int=None, # Number of the person in the clip, where there are several
     consent:str='', # Who agreed to what, in words
-    camera:str=None, # Profile of the camera, .safetensors, which learns from this clip; None: the network as it is
     progress=None, # See `find_tracks`
+    camera:str=None, # Profile of the camera, .safetensors, which learns from this clip; None: the network as it is
 )->dict: # See `Gallery.add`; `alike`: (name, score) of others who may be the same person; `detector`, `found_by` and
        # `camera`, as in `Outcome`; raises `BadInput` or `SeveralPeople`, and then nothing is stored
     "Enrol one person from a clip; enrolling again adds."
@@ -109,9 +109,9 @@ def identify(
     weights:str='auto', # Ultralytics weights, or motion (fixed cameras); auto: the best that can be had here
     fmr:float=.01, # False match rate of each comparison
     film:str=None, # Video to make, with boxes and names (.mp4)
-    camera:str=None, # Profile of the camera, .safetensors, which learns from this clip; None: the network as it is
     progress=None, # See `find_tracks`
     claimed:str=None, # Compare with this person only
+    camera:str=None, # Profile of the camera, .safetensors, which learns from this clip; None: the network as it is
 )->Outcome: # A decision for each person; raises `BadInput`
     "Who is in the clip? Each person is ranked against everybody enrolled, and may stay unknown."
     matcher = gallery_matcher(gallery, checkpoint)
