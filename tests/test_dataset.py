@@ -40,6 +40,8 @@ def film(path, n=40, size=(96, 160), colour=lambda i: (i*5 % 256, 128, 255 - i*5
         f.mux(s.encode())
     return path
 
+def still(i): return 90, 128, 90     # where the ground changes from frame to frame, motion sees a camera that moves
+
 def noise(i):
     "A ground that hardly compresses."
     return np.random.default_rng(i).integers(0, 256, 3*256*256, np.uint8).reshape(256, 256, 3)
@@ -463,10 +465,10 @@ def test_ray_does_the_same_and_loses_nothing_with_a_worker_or_a_machine(cluster,
     assert job.poll() is None
     cluster.remove_node(second, allow_graceful=False)
     assert job.wait(300) == 0 and tree(dest) == tree(whole)
-    first = videos/'xx'/'yy'/f'xx+yy+{ids[0]}.mp4'
-    done = run('reid_detect', first, '--dest', tmp_path/'found', '--engine', 'ray')
+    seen = film(tmp_path/'still'/f'xx+yy+{ids[0]}.mp4', 60, colour=still)
+    done = run('reid_detect', seen, '--dest', tmp_path/'found', '--engine', 'ray')
     assert done.returncode == 0, done.stderr
-    detect.detect(first, tmp_path/'here')
+    detect.detect(seen, tmp_path/'here')
     assert tree(tmp_path/'found') == tree(tmp_path/'here')
     site.files = {p.name: p.read_bytes() for p in videos.rglob('*.mp4')}
     vnames = listed(tmp_path/'l.txt', [f'xx+yy+{id}' for id in ids] + ['xx+yy+videoIsGone'])
@@ -474,7 +476,7 @@ def test_ray_does_the_same_and_loses_nothing_with_a_worker_or_a_machine(cluster,
     assert done.returncode == 0, done.stderr
     assert collections.Counter(states_of(tmp_path/'again').values()) == dict(done=4, removed=1)
     assert {k: v for k, v in tree(tmp_path/'again').items() if k.endswith('.mp4')} == tree(videos)
-    first.write_bytes(b'no video')
+    (videos/'xx'/'yy'/f'xx+yy+{ids[0]}.mp4').write_bytes(b'no video')
     one_line(run('reid_extract', videos, dets, '--dest', dest, '--engine', 'ray'), '1 of 1', ids[0], 'broken')
 
 def test_without_ray_one_is_told_how_to_get_it(tmp_path, monkeypatch):
@@ -559,6 +561,7 @@ def test_a_broken_video_is_named_and_the_others_are_made(run, tmp_path):
     bad.write_bytes(bad.read_bytes()[:2000])
     one_line(run('reid_extract', videos, dets, '--dest', tmp_path/'crops'), '1 of 2', bad.name, 'broken')
     assert {k.split('/')[2] for k in tree(tmp_path/'crops')} == {'videoNumbr2'}
+    film(bad.with_name('xx+yy+videoNumbr2.mp4'), colour=still)
     one_line(run('reid_detect', videos, '--dest', tmp_path/'found'), '1 of 2', bad.name)
     assert list(tree(tmp_path/'found')) == ['xx+yy+videoNumbr2.json', 'xx+yy+videoNumbr2.pkl']
 
