@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_dataset import boxes_for, film, listed, noise, one_line, site, small_city, tree  # noqa: F401
+from test_dataset import boxes_for, film, listed, noise, one_line, site, small_city, still, tree  # noqa: F401
 
 from reid_nb import crop_store as cs
 from reid_nb import dataset as dataset_
@@ -21,7 +21,8 @@ from reid_nb.parts.detections import Dets, write_dets
 def city(tmp_path_factory):
     "A video whose crops take some seconds to write."
     root = tmp_path_factory.mktemp('city')
-    small_city(root, ['videoNumbr1'], 300)
+    videos, _ = small_city(root, ['videoNumbr1'], 300)
+    film(next(videos.rglob('*.mp4')), 300, colour=still)
     frame, obj = np.repeat(np.arange(300), 20), np.tile(np.arange(20), 300)
     box = np.stack([0*obj, 0*obj, 0*obj + 100., 0*obj + 90.], 1).astype(np.float32)
     write_dets(root/'dets'/'xx+yy+videoNumbr1.pkl',

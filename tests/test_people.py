@@ -282,7 +282,7 @@ def test_a_number_means_the_same_everywhere(monkeypatch, tmp_path):
     outcome = identify(clip, tmp_path/'g')
     told = json.loads(biometrics.as_json(outcome.to_dict()))
     assert [d['track'] for d in told['decisions']] == [1, 2] and list(told['skipped']) == ['3', '4']
-    assert [line[:9] for line in dec.explain(outcome)[1:]] == ['person 1 ', 'person 2 ', 'person 3:', 'person 4:']
+    assert [line[:9] for line in dec.explain(outcome)[1:5]] == ['person 1 ', 'person 2 ', 'person 3:', 'person 4:']
     labels = dec.film_labels(outcome)
     assert labels[3][0] == labels[4][0] == 'not decided' and sorted(labels) == [t.number for t in outcome.tracks]
     assert {t.number: t.good for t in outcome.tracks} == {1: 6, 2: 7, 3: 2, 4: 0}
@@ -294,6 +294,6 @@ def test_many_who_are_not_decided_take_one_line(monkeypatch, tmp_path):
     for where in (tracks_, dec, biometrics): monkeypatch.setattr(where, 'frame_times', lambda *a: np.arange(20.))
     monkeypatch.setattr(tracks_, 'detect_people', some_tracks(good))
     enroll('Ada', clip, tmp_path/'g')
-    lines = dec.explain(identify(clip, tmp_path/'g'))
-    assert len(lines) == 3 and lines[2] == ('7 more (person 2 to 8): not decided: too few good pictures each '
-                                            '(14 cut by the edge)')
+    _, _, line, thresholds = dec.explain(identify(clip, tmp_path/'g'))
+    assert line == '7 more (person 2 to 8): not decided: too few good pictures each (14 cut by the edge)'
+    assert thresholds.startswith('thresholds: ')

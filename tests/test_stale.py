@@ -12,7 +12,7 @@ import lmdb
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from test_dataset import boxes_for, film, listed, one_line, small_city, tree
+from test_dataset import boxes_for, film, listed, one_line, small_city, still, tree
 
 from reid_nb import crop_store as cs
 from reid_nb import dataset as dataset_
@@ -393,6 +393,7 @@ def test_what_is_left_out_is_said(run, tmp_path):
 
 def test_a_colon_in_a_path_is_no_address(run, tmp_path):
     videos, dets = small_city(tmp_path/'12:30')
+    film(next(videos.rglob('*.mp4')), colour=still)
     for name, more in (('reid_detect', ()), ('reid_extract', ('12:30/dets',))):
         done = run(name, '12:30/videos', *more, '--dest', '12:30/'+name, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
