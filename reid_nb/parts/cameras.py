@@ -71,6 +71,7 @@ def write_profile(
     tensors = {f'{name}.{what}': x for name,pair in profile.statistics.items() for what,x in zip(('mean','var'), pair)}
     save_checkpoint(path, tensors, dict(kind='camera', network=digest.removesuffix(BY_CAMERA), clips=profile.clips))
 
+# %% ../../nbs/parts/32_cameras.ipynb #bd9cf77c
 def read_profile(
     path, # A file that `write_profile` made; it may be missing
     matcher:Matcher, # Whose statistics they are

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOST', 'log', 'IMAGE_ENDINGS', 'BadInput', 'match_option', 'make_parser', 'log_to_stderr', 'is_script', 'command',
-           'rng_of', 'sweep_unfinished', 'atomic_write', 'write_image', 'lock', 'walk', 'sha256', 'fingerprint',
-           'encode_jpeg', 'write_jpeg', 'decode', 'read_rgb', 'choose', 'parse_size']
+           'library', 'rng_of', 'sweep_unfinished', 'atomic_write', 'write_image', 'lock', 'walk', 'sha256',
+           'fingerprint', 'encode_jpeg', 'write_jpeg', 'decode', 'read_rgb', 'choose', 'parse_size']
 
 # %% ../../nbs/parts/00_core.ipynb #70b0e344
 import argparse, hashlib, inspect, logging, os, re, socket, sys, time, traceback, zlib
@@ -106,6 +106,12 @@ def command(
             print(f'{name}: {ours}{" ".join(str(e).split())}', file=sys.stderr)
             sys.exit(2)
     return _f
+
+# %% ../../nbs/parts/00_core.ipynb #9ae0b48e
+def library()->Path: # ~/.cache/reid_nb, or what REID_HOME says
+    "Give the folder of imported networks."
+    return Path(os.environ.get('REID_HOME') or Path.home()/'.cache'/'reid_nb')
+
 
 # %% ../../nbs/parts/00_core.ipynb #b6b03f8a
 def rng_of(

@@ -21,7 +21,7 @@ from urllib.request import getproxies, Request, urlopen
 import cv2
 import numpy as np
 
-from .core import atomic_write, BadInput, command, lock, sha256, walk
+from .core import atomic_write, BadInput, command, library, lock, sha256, walk
 from .detections import Dets, read_dets, write_dets
 from .download import video_facts, VideoName
 from .parallel import check_engine, raise_failures, run_jobs
@@ -89,7 +89,7 @@ def auto_weights()->tuple: # Weights for `detect_people`; why they are 'motion',
     if given := os.environ.get('REID_DETECTOR'): return given, ''
     try:
         from ultralytics.utils import SETTINGS
-        cache = Path(os.environ.get('REID_HOME') or Path.home()/'.cache'/'reid_nb')/'detectors'
+        cache = library()/'detectors'
         here = [d/AUTO for d in (Path(SETTINGS['weights_dir']), cache) if (d/AUTO).is_file()]
         weights = os.path.abspath(here[0] if here else fetch_auto(cache))
         yolo_boxes(weights)

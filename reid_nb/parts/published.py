@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import atomic_write, BadInput, choose, command, lock, parse_size, sha256
+from .core import atomic_write, BadInput, choose, command, library, lock, parse_size, sha256
 from .models import build_backbone, OSNETS, ReidModel, RESNETS, torchreid_model, TorchreidModel
 from .scoring import write_json
 from .weights import (
-    build_model, BYTES, calibration_words, export_onnx, fit_weights, library, load_checkpoint, load_model,
+    build_model, BYTES, calibration_words, export_onnx, fit_weights, load_checkpoint, load_model,
     load_thresholds, OnnxModel, read_thresholds, read_weights, RESIZES, save_checkpoint, STATS, thresholds_path)
 
 # %% ../../nbs/parts/30_published.ipynb #db4184e5

@@ -136,6 +136,7 @@ def knows_cameras(
     "Tell whether a benchmark says which camera took each picture."
     return not benchmark.protocol.figures and len({s.camid for s in benchmark.gallery}) > 1
 
+# %% ../../nbs/parts/24_scoring.ipynb #f40ee5f8
 def describe_cameras(
     benchmark:Benchmark, # The pictures
 )->str: # A note for a result

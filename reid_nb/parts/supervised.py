@@ -169,6 +169,7 @@ def relight(
     view = Augment(size, **LIGHTS).draw(size, rng)
     return render(img, view._replace(box=(0,0,*size), flip=False), size)
 
+# %% ../../nbs/parts/23_supervised.ipynb #3c251d1b
 def coarsen(
     img, # uint8[h,w,3]
     rng, # `np.random.Generator`

@@ -8,8 +8,8 @@ __all__ = ['log', 'PREFIXES', 'NESTS', 'NUMBERS', 'RESIZES', 'STATS', 'BYTES', '
            'Transfer', 'match_weights', 'fit_weights', 'transfer_weights', 'read_image', 'embed_with', 'pooled',
            'OnnxModel', 'check_kind', 'check_meta', 'build_model', 'load_model', 'embed', 'slim', 'Pixels',
            'export_onnx', 'norms', 'read_statistics', 'set_statistics', 'camera_statistics', 'embed_by_camera',
-           'thresholds_path', 'calibration_words', 'load_thresholds', 'read_thresholds', 'library',
-           'usable_checkpoints', 'default_checkpoint']
+           'thresholds_path', 'calibration_words', 'load_thresholds', 'read_thresholds', 'usable_checkpoints',
+           'default_checkpoint']
 
 # %% ../../nbs/parts/12_weights.ipynb #82674145
 import json, logging, math, os, re, warnings
@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .core import atomic_write, BadInput, choose, lock, parse_size, read_rgb, rng_of, sha256
+from .core import (
+    atomic_write, BadInput, choose, library, lock, parse_size, read_rgb, rng_of, sha256)
 from .device import pick_device, to_input
 from .models import build_backbone, NETWORKS, ReidModel, STEMS, TorchreidModel
 
@@ -440,12 +441,14 @@ def norms(
                                  'network of PyTorch, not one in ONNX')
     return found
 
+# %% ../../nbs/parts/12_weights.ipynb #d3dc7cd6
 def read_statistics(
     model:nn.Module, # From `load_model`
 )->dict: # Name of a layer -> (mean, variance), float[channels] each
     "Read the statistics that a network works with."
     return {name: (m.running_mean.clone(), m.running_var.clone()) for name,m in norms(model).items()}
 
+# %% ../../nbs/parts/12_weights.ipynb #e1a9b486
 def set_statistics(
     model:nn.Module, # It is changed
     statistics:dict, # From `read_statistics`, of the same network
@@ -553,10 +556,6 @@ def read_thresholds(
     return known
 
 # %% ../../nbs/parts/12_weights.ipynb #1f92f730
-def library()->Path: # ~/.cache/reid_nb, or what REID_HOME says
-    "Give the folder of imported networks."
-    return Path(os.environ.get('REID_HOME') or Path.home()/'.cache'/'reid_nb')
-
 def usable_checkpoints()->list: # Of Path, the preferred one first
     "List the networks that can decide: those of the library that have thresholds, the largest first, and `SMALL`."
     found = []
