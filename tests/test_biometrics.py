@@ -3,8 +3,10 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
@@ -162,13 +164,21 @@ def test_a_decision_carries_its_evidence(films, tmp_path):
     assert dec.evidence(d, tmp_path/'g').shape[0] == 256
     json.dumps(bio.identify(films['again'], tmp_path/'g', MATCHER).to_dict())
 
-def test_the_score_is_the_mean_over_pairs():
+def test_a_template_is_a_mean_of_length_1():
     rng = np.random.default_rng(0)
-    unit = lambda x: np.float32(x/np.linalg.norm(x, axis=1, keepdims=True))
-    shots = lambda n: [ppl.Shot(i, (), quality=q) for i, q in enumerate(rng.random(n))]
-    a, b = (ppl.Template(shots(n), unit(rng.normal(size=(n, 8)))) for n in (5, 9))
-    w = np.outer([s.quality for s in a.shots], [s.quality for s in b.shots])
-    assert np.isclose(a.feature @ b.feature, np.average(a.features @ b.features.T, weights=w), atol=1e-6)
+    unit = lambda x: np.float32(x/np.linalg.norm(x, axis=-1, keepdims=True))
+    features, quality = unit(rng.normal(size=(9, 8))), rng.random(9)
+    t = ppl.Template([ppl.Shot(i, (), quality=q) for i, q in enumerate(quality)], features)
+    assert np.allclose(t.feature, unit(quality @ features), atol=1e-6)
+
+def test_an_old_gallery_of_unscaled_templates_answers_like_a_new_one(films, tmp_path):
+    for root in ('new', 'old'): bio.enroll('Red', films['red'], tmp_path/root, MATCHER)
+    with closing(sqlite3.connect(tmp_path/'old'/'gallery.sqlite')) as db, db:
+        [(number, feature)] = db.execute('SELECT id, feature FROM templates')
+        short = np.frombuffer(feature, np.float32)*np.float32(.25)
+        db.execute('UPDATE templates SET feature = ? WHERE id = ?', [short.tobytes(), number])
+    new, old = (bio.identify(films['again'], tmp_path/root, MATCHER).decisions[0] for root in ('new', 'old'))
+    assert np.isclose(old.score, new.score) and old.name == new.name
 
 # --- names
 
@@ -286,6 +296,7 @@ def test_kill_leaves_all_or_nothing(tmp_path, where, n, what):
 
 MANY = """
 import sys
+from contextlib import closing
 sys.path.insert(0, sys.argv[1])
 import test_biometrics as t
 from reid_nb.parts import decisions as dec

@@ -37,7 +37,7 @@ def browser():
 @pytest.fixture(scope='module')
 def network(toy):
     "The network of the lessons, with its thresholds."
-    ckpt = finetune(toy/'market', out=ROOT/'nbs'/'_run'/'network', arch='resnet10', epochs=40, size=(96, 48))
+    ckpt = finetune(toy/'market', out=ROOT/'nbs'/'_run'/'network', arch='resnet10_x0_5', epochs=60, size=(96, 48))
     calibrate(ckpt, toy/'market')
     return ckpt
 

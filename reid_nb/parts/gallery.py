@@ -6,8 +6,8 @@
 __all__ = ['log', 'RESERVED_NAMES', 'GALLERY_FORM', 'GALLERY_SCHEMA', 'CROP_NAME', 'NOTICED', 'BY_CAMERA', 'INDEXES', 'PERSONS',
            'ExactIndex', 'best_people', 'FaissIndex', 'QdrantIndex', 'make_index', 'fold_name', 'clean_name', 'utc_now',
            'log_event', 'GalleryDatabase', 'GalleryStore', 'missing_picture', 'read_crop', 'compare_folders',
-           'notice_changes', 'refuse_orphans', 'open_store', 'Identities', 'NamedPeople', 'TemplateIndex',
-           'stack_features', 'insert_template', 'note_thresholds', 'Gallery', 'lookalikes', 'missing_crops',
+           'notice_changes', 'refuse_orphans', 'open_store', 'Identities', 'NamedPeople', 'stack_features',
+           'TemplateIndex', 'insert_template', 'note_thresholds', 'Gallery', 'lookalikes', 'missing_crops',
            'return_folders', 'strike_off', 'repair_gallery', 'crops_by_template', 'put_templates', 'reembed_gallery',
            'gallery_matcher', 'as_json', 'show_people', 'reid_gallery', 'reid_erase']
 
@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 
 from .core import atomic_write, BadInput, command, read_rgb, write_jpeg
+from .metrics import normalize
 
 log = logging.getLogger(__name__)
 
@@ -509,6 +510,14 @@ class NamedPeople(Identities):
             log_event(db, 'unmerged', who, out_of=head)
         return own
 
+# %% ../../nbs/parts/16_gallery.ipynb #7b2a0f6d
+def stack_features(
+    rows:list, # Of (anything, bytes)
+)->tuple: # list of n, float32[n,d], rows of length 1
+    "Turn two columns of rows into a list and the vectors that the bytes are."
+    # a gallery of before 2026-11-29 keeps its templates unscaled
+    return [k for k, _ in rows], normalize([np.frombuffer(x, np.float32) for _, x in rows])
+
 # %% ../../nbs/parts/16_gallery.ipynb #6e4c2f6c
 INDEXES = {}    # folder -> (version of the gallery, index)
 
@@ -525,8 +534,7 @@ class TemplateIndex:
             db.execute('BEGIN')     # one state of the file for all that follows
             def read(ids):
                 one = 'SELECT feature FROM templates WHERE id = ?'
-                rows = (db.execute(one, [int(i)]).fetchone()[0] for i in ids)
-                return np.stack([np.frombuffer(x, np.float32) for x in rows])
+                return stack_features([(i, *db.execute(one, [int(i)]).fetchone()) for i in ids])[1]
             rows = db.execute('SELECT id, identity FROM templates ORDER BY id').fetchall()
             ids, people = np.array(rows, np.int64).reshape(-1, 2).T
             return make_index(search, ids, people, read, f'reid_{self.store.about()["uid"]}')
@@ -560,12 +568,6 @@ class TemplateIndex:
 
 # %% ../../nbs/parts/16_gallery.ipynb #934fe434
 PERSONS = 'identity IN (SELECT id FROM identities WHERE id = ?1 OR head = ?1)'    # whose templates
-
-def stack_features(
-    rows:list, # Of (anything, bytes)
-)->tuple: # list of n, float32[n,d]
-    "Turn two columns of rows into a list and float32[n,d], made of the bytes."
-    return [k for k, _ in rows], np.stack([np.frombuffer(x, np.float32) for _, x in rows])
 
 # %% ../../nbs/parts/16_gallery.ipynb #b8a6be62
 def insert_template(

@@ -13,7 +13,6 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 from .core import BadInput, choose
@@ -62,9 +61,10 @@ def resnet(
     last_stride:int=1, # Of the last stage, 1 or 2
 )->tuple: # [(name, module)], channels
     "Make the parts of a ResNet by name; returns them and the width of its last map."
+    from torchvision.models import resnet as resnets    # takes as long to import as torch: only where it is needed
     kind,layers,width = RESNETS[arch]
-    block = getattr(torchvision.models.resnet, kind)
-    net = torchvision.models.ResNet(block, layers)
+    block = getattr(resnets, kind)
+    net = resnets.ResNet(block, layers)
     if width!=64: narrow(net, block, layers, width)
     net.maxpool = nn.MaxPool2d(3, 2, **STEMS[choose(STEMS, stem, 'stem')])
     last = net.layer4[0]
@@ -101,7 +101,8 @@ def mobilenet(
     last_stride:int=1, # Of the last stage but one, 1 or 2
 )->tuple: # [(name, module)], channels
     "Make the parts of torchvision's MobileNetV2 (Sandler 2018); returns them and the width of its last map."
-    body = getattr(torchvision.models, arch)().features
+    from torchvision.models import get_model
+    body = get_model(arch).features
     body[14].conv[1][0].stride = last_stride,last_stride
     return list(body.named_children()),1280
 

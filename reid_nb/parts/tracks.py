@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .core import BadInput, sha256
 from .detect import auto_weights, detect_people, ONLY_MOTION
 from .detections import fit_boxes
+from .metrics import normalize
 from .video import show_times
 from .weights import calibration_words, read_thresholds
 
@@ -297,9 +298,9 @@ class Template:
 
     @property
     def feature(self): # float32[d]
-        "The mean of the features, weighted by quality."
-        w = np.array([s.quality for s in self.shots], np.float32)
-        return w/w.sum() @ self.features
+        "The mean of the features, weighted by quality and scaled to length 1."
+        quality = np.array([s.quality for s in self.shots], np.float32)
+        return normalize((quality @ self.features)[None])[0]
 
 def make_template(
     track:Track, # A usable one
