@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 
 from .biometrics import enroll, evidence, explain, identify, same_person, SeveralPeople
+from .parts.camera_tab import camera_input, CameraBackend, cameras_tab
 from .parts.core import BadInput, command
 from .parts.gallery import gallery_matcher
-from .parts.network import connect_network, network_box, NetworkBackend
+from .parts.network import connect_network, network_box
 from .parts.serve import read_login, serve_demo
-from .parts.page import (
-    answer_box, ask_who, captioned_crops, check_range, clear_query, clip_inputs, confine, connect_buttons, CONSENT,
-    answer_column, detector_input, fill_on_opening, gallery_tab, gr, identification_tab, no_progress, offered_clips,
-    PRIVATE, Reply, reply_updates, serve_in_turn, slider_updates, submit_buttons, verification_tab, write_query)
+from reid_nb.parts.page import (
+    answer_box, answer_column, ask_who, captioned_crops, check_range, clear_query, clip_inputs, confine,
+    connect_buttons, CONSENT, detector_input, fill_on_opening, gallery_tab, gr, identification_tab, no_progress,
+    offered_clips, PRIVATE, Reply, reply_updates, serve_in_turn, slider_updates, submit_buttons, verification_tab,
+    write_query)
 
 # %% ../nbs/08_demo.ipynb #59947e59
 def show_outcome(outcome, gallery, film):
@@ -30,13 +32,13 @@ def show_outcome(outcome, gallery, film):
     return Reply(box, outcome.to_dict(), film)
 
 # %% ../nbs/08_demo.ipynb #840a60bc
-class VerifyBackend(NetworkBackend):
+class VerifyBackend(CameraBackend):
     "Claims are verified."
-    def ask_clip(self, video, first, last, gallery, fmr, detector, progress, claimed=None): # `Outcome`, film
+    def ask_clip(self, video, first, last, gallery, fmr, detector, camera, progress, claimed=None): # `Outcome`, film
         "Identify the people in some frames of a clip, and draw a film of the answer."
         (start, stop), film = check_range(video, first, last), self.new_film()
         return identify(video, gallery, self.matcher, start, stop, self.detector(detector), float(fmr), film,
-                        progress, claimed=claimed), film
+                        progress, claimed, self.camera(camera)), film
 
     @serve_in_turn
     def verify_clip(self, video, # Path of a clip
@@ -45,11 +47,12 @@ class VerifyBackend(NetworkBackend):
         name:str, # The claimed identity
         fmr:str, # False match rate of each comparison
         detector:str=None, # Who finds people; None: whom the page was started with
+        camera:str=None, # Name of the camera, on a page with cameras
         progress=no_progress, # See `find_tracks`
     )->Reply:
         "Say whether a person is in a clip."
         if not name: raise BadInput('no identity is claimed: choose one from the list')
-        outcome, film = self.ask_clip(video, first, last, self.gallery, fmr, detector, progress, claimed=name)
+        outcome, film = self.ask_clip(video, first, last, self.gallery, fmr, detector, camera, progress, claimed=name)
         return show_outcome(outcome, self.gallery, film)
 
 # %% ../nbs/08_demo.ipynb #bd70e0da
@@ -63,16 +66,18 @@ class EnrollBackend(VerifyBackend):
         consent:bool, # Whether the person has agreed
         person:int=None, # Number in the clip, where there are several
         detector:str=None, # Who finds people; None: whom the page was started with
+        camera:str=None, # Name of the camera, on a page with cameras
         progress=no_progress, # See `find_tracks`
     )->Reply:
         "Enrol a person from a clip."
         if not consent: raise BadInput('nobody is enrolled without consent: tick the box if given')
         start, stop = check_range(video, first, last)
         try: done = enroll(name or '', video, self.gallery, self.matcher, start, stop,
-                           self.detector(detector), person or None, CONSENT, progress)
+                           self.detector(detector), person or None, CONSENT, progress,
+                           self.camera(camera))
         except SeveralPeople as e: return ask_who(video, e.tracks, self.new_film(), start, stop, progress)
         lines = [f'{len(done["crops"])} crops added', f'templates in all: {done["templates"]}', *same_person(done)]
-        if done['found_by']: lines.append(done['found_by'])
+        lines += filter(None, (done['found_by'], done['camera']))
         return Reply(answer_box('good', f'Completed: {done["name"]} is enrolled.', lines,
                                 captioned_crops(self.gallery, done['crops'])), done)
 
@@ -87,6 +92,7 @@ class DemoBackend(EnrollBackend):
         query:str, # Query Path, below the root
         fmr:str, # False match rate of each comparison
         detector:str=None, # Who finds people; None: whom the page was started with
+        camera:str=None, # Name of the camera, on a page with cameras
         progress=no_progress, # See `find_tracks`
     )->Reply:
         "Say who is in a clip."
@@ -94,14 +100,14 @@ class DemoBackend(EnrollBackend):
         if there == query or there in query.parents or query in there.parents:
             raise BadInput('Gallery Path and Query Path lie in each other: choose two folders')
         if query.exists(): clear_query(query)
-        outcome, film = self.ask_clip(video, first, last, there, fmr, detector, progress)
+        outcome, film = self.ask_clip(video, first, last, there, fmr, detector, camera, progress)
         self.query = query
         try: write_query(query, outcome.decisions)
         except OSError as e: outcome.notes.append(f'the crops of this clip are not in {query.name}: {e.strerror}')
         return show_outcome(outcome, there, film)
 
 # %% ../nbs/08_demo.ipynb #994a6315
-def enrollment_tab(backend, examples, detector):
+def enrollment_tab(backend, examples, shared):
     "The tab to enrol."
     with gr.Tab('Enrollment'), gr.Row():
         with gr.Column(min_width=300):
@@ -112,9 +118,9 @@ def enrollment_tab(backend, examples, detector):
             press = submit_buttons()
         out = answer_column()
     measured = clip[0].change(slider_updates, clip[0], [*clip[1:], out[0]], api_name='frames')
-    for c in (*clip, detector):  # numbers of people belong to one part of one clip, and to who found them
+    for c in (*clip, *shared):  # numbers of people belong to one part of one clip, and to who found them
         c.change(lambda: reply_updates(Reply(''), 4)[2:], None, [out[2], person], queue=False, **PRIVATE)
-    connect_buttons(backend, press, backend.enroll_clip, [*clip, name, consent, person, detector],
+    connect_buttons(backend, press, backend.enroll_clip, [*clip, name, consent, person, *shared],
                     [*out, person], 'enroll', [measured])
 
 # %% ../nbs/08_demo.ipynb #29ccda2f
@@ -122,15 +128,17 @@ def build_demo(gallery='gallery', # Folder of the gallery; made with the first e
     checkpoint=None, # See `gallery_matcher`
     weights:str='auto', # Detector: 'auto', 'motion' for fixed cameras, or Ultralytics weights
     examples=None, # Folder of clips to offer, such as the toy city's
+    cameras=None, # Folder of camera profiles, for a gallery of its own; None: the network as it is
 ): # `gr.Blocks`, not started; raises `BadInput` for a checkpoint or gallery of no use
     "The app: Enrollment, Verification, Identification, and the gallery."
-    backend = DemoBackend(gallery, checkpoint, weights)
+    backend = DemoBackend(gallery, checkpoint, weights, cameras)
     clips = sorted(Path(examples).glob('*.mp4')) if examples else []
     with gr.Blocks(title='reid_nb', analytics_enabled=False, delete_cache=(300, 3600)) as app:
-        at, detector = network_box(backend), detector_input(backend)
-        enrollment_tab(backend, clips, detector)
-        tab, claimed, fmr = verification_tab(backend, clips, detector)
-        rates = [fmr, identification_tab(backend, clips, detector)]
+        at, shared = network_box(backend), [detector_input(backend), camera_input(backend)]
+        enrollment_tab(backend, clips, shared)
+        tab, claimed, fmr = verification_tab(backend, clips, shared)
+        rates = [fmr, identification_tab(backend, clips, shared)]
+        if cameras: cameras_tab(backend, app, clips, shared)
         fill_on_opening(backend, tab, claimed, *gallery_tab(backend))
         connect_network(backend, app, at, rates)
     return app.queue()
@@ -145,10 +153,11 @@ def demo(port:int=7860, # Of the page
     login:str=None, # Text file, one user:password a line: ask for them
     share:bool=False, # A public link through Gradio's servers; wants a login
     names:str='', # Other names under which the page is reached, such as a proxy's: a.example.org,b.example.org
+    cameras:str=None, # Folder of camera profiles: the page asks for the camera of each clip, and learns about it
 ):
     "Enrol, verify and identify in a browser."
     matcher = gallery_matcher(gallery, checkpoint)     # complains before the city is drawn
-    app = build_demo(gallery, matcher, weights, offered_clips(gallery, toy))
+    app = build_demo(gallery, matcher, weights, offered_clips(gallery, toy), cameras)
     serve_demo(app, port, host, share, read_login(login), names.split(','), prevent_thread_lock=True)
     if not hasattr(sys, 'ps1'): app.block_thread()     # a notebook goes on by itself
 

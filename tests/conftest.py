@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from scripts import run_script
 
 # Trainings are compared bit by bit, and several programs share two cores: one thread each.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -72,6 +73,7 @@ def run():
 
     The time limit only guards against hanging: it is ten times what the slowest known machine needs, or more."""
     def _run(name, *args, timeout=3000, **kw):
+        if not kw.keys() - {'cwd'}: return run_script(name, *args, timeout=timeout, **kw)
         exe = Path(sys.executable).parent/name
         return subprocess.run([exe, *map(str, args)], capture_output=True, text=True, timeout=timeout, **kw)
     return _run

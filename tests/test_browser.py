@@ -154,7 +154,7 @@ def test_a_visit(browser, site):
     assert '1 of 1 people identified: Ada' in v.submit('good')
     plays(v)
     v.shot('identification_known')
-    v.example('elena_c3')
+    v.example('fabio_c3')
     assert 'unknown' in v.submit('bad')
     v.shot('identification_unknown')
     look_after(v)

@@ -200,7 +200,7 @@ def test_one_person_under_two_names(run, root, films, toy, tmp_path):  # noqa: F
     text = str(bio.identify(films['again'], root, MATCHER))
     assert 'identified: Red\n' in text and 'they match' not in text
     for name in 'Ada', 'Zoë': said = run('reid_enroll', name, toy/'clips'/'ada_c1.mp4', '--gallery', tmp_path/'h')
-    assert said.returncode == 0 and 'Zoë looks like Ada (0.9' in said.stderr, said
+    assert said.returncode == 0 and 'Zoë looks like Ada (1.000)' in said.stderr, said
 
 def test_new_thresholds_are_taken_and_said_once(root, films, caplog):  # noqa: F811
     strict = {k: v | dict(high=2.) for k, v in POINTS.items()}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from reid_nb.demo import DemoBackend
 from reid_nb.evaluate import evaluate
 from reid_nb.finetune import finetune
 from reid_nb.parts.benchmarks import read_benchmark
@@ -192,6 +193,18 @@ def test_a_street_is_learned_and_people_are_found_in_it(toy, run, tmp_path):
     assert run('reid_enroll', 'Ada', clips/'ada_c1.mp4', *plain).returncode == 0
     mixed = run('reid_identify', clips/'ada_c2.mp4', '--camera', gate, *plain)
     assert mixed.returncode == 2 and 'enrolled without camera profiles: name no camera' in mixed.stderr
+    the_page_does_the_same(clips/'ada_c2.mp4', tmp_path, outcome)
+
+def the_page_does_the_same(clip, folder, outcome):
+    "The page sees through the same profile, asks for it, and takes no other gallery."
+    page = DemoBackend(folder/'gallery', None, 'motion', folder)
+    assert page.camera_names() == ['gate'] and page.matcher.calibration.endswith('by camera')
+    got = page.identify_clip(clip, 0, 4999, 'gallery', 'query', '0.01', None, 'gate').data
+    assert got['decisions'][0]['score'] == outcome['decisions'][0]['score'] and got['camera'] == outcome['camera']
+    assert 'before which camera' in page.verify_clip(clip, 0, 4999, 'Ada', '0.01').data['error']
+    assert 'cannot be a name' in page.verify_clip(clip, 0, 4999, 'Ada', '0.01', None, '../gate').data['error']
+    with pytest.raises(BadInput, match='name the camera'): DemoBackend(folder/'gallery')
+    with pytest.raises(BadInput, match='name no camera'): DemoBackend(folder/'plain', None, 'motion', folder)
 
 def test_a_network_without_thresholds_by_camera(run, tmp_path):
     for ending in '.safetensors', '.thresholds.json':

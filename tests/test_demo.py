@@ -199,7 +199,7 @@ def test_a_program_has_names_and_data(client, films):
     assert len(services) == 11 and all(s['description'] for s in services.values())
     names = {k: [p['parameter_name'] for p in s['parameters']] for k, s in services.items()}
     assert not any(re.match(r'param_\d', n) for own in names.values() for n in own)
-    assert names['/verify'] == ['video', 'first', 'last', 'name', 'fmr', 'detector']
+    assert names['/verify'] == ['video', 'first', 'last', 'name', 'fmr', 'detector', 'camera']
     assert 'fmr: False match rate' in services['/verify']['description']
     def ask(service, **given):
         clips = {k: handle_file(str(films[v])) for k, v in given.items() if k == 'video'}

@@ -31,7 +31,7 @@ def alone(tmp_path_factory, worker_id):
     with FileLock(f'{home}.lock'):   # one worker makes it, the other waits
         if not (home/'whole').exists():
             subprocess.run([exe, '-m', 'venv', home], check=True)
-            pip = [home/'bin'/'python', '-m', 'pip', 'install', '-q', '--disable-pip-version-check']
+            pip = [home/'bin'/'python', '-m', 'pip', 'install', '-q', '--no-compile', '--disable-pip-version-check']
             subprocess.run([*pip, ROOT, 'ipykernel'], check=True)
             kernel = [home/'bin'/'python', '-m', 'ipykernel', 'install', '--prefix', home, '--name', 'alone']
             subprocess.run(kernel, check=True, capture_output=True)

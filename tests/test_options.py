@@ -1,17 +1,21 @@
 "Every command, with words that make no sense: a result, or one line and exit code 2; nothing is left half-written."
 import inspect
 import io
+import os
 import re
 import runpy
+import subprocess
 import sys
 from configparser import ConfigParser
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scripts import run_script
 
 CONFIG = ConfigParser()
 CONFIG.read(ROOT/'settings.ini')
@@ -66,3 +70,13 @@ def test_words_that_make_no_sense(name, tmp_path, monkeypatch):
         half = [p.name for p in (tmp_path/'here').rglob('*') if p.name.endswith(('.tmp', '.part'))]
         assert not half, (words, half)
     check()
+
+@pytest.mark.parametrize('words', [['reid_evaluate', '--help'], ['reid_pack', 'none', 'a.lmdb'], ['reid_gallery'],
+                                   ['reid_identify', '--fmr', 'x', 'a.mp4'], ['reid_import', '--list'], ['reid_erase']])
+def test_a_forked_script_is_the_script(words, tmp_path):
+    "The tests' own way to run a command, held against the plain one: exit code and every word."
+    exe, *args = words
+    plain = subprocess.run([Path(sys.executable).parent/exe, *args], cwd=tmp_path, capture_output=True, text=True,
+                           env=dict(os.environ))     # without what readline has put beside them
+    forked = run_script(exe, *args, cwd=tmp_path)
+    assert (forked.returncode, forked.stdout, forked.stderr) == (plain.returncode, plain.stdout, plain.stderr)

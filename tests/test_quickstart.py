@@ -14,14 +14,26 @@ from reid_nb.parts.core import lock
 
 @pytest.fixture(scope='module')
 def walk(run, tmp_path_factory):
-    dest = tmp_path_factory.mktemp('walk')/'quickstart'
+    "A walk that is killed when its crops are cut, and goes on: its folder, what was seen until then, and how it ended."
+    dest, seen = tmp_path_factory.mktemp('walk')/'quickstart', {}
+    def wait_for(step):
+        while not (dest/'steps'/f'{step}.json').exists():
+            assert p.poll() is None
+            time.sleep(.05)
+    exe = [Path(sys.executable).parent/'reid_quickstart', '--small', '--dest', dest]
+    with subprocess.Popen(exe, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as p:
+        seen['line'] = p.stdout.readline().strip()
+        wait_for('toy')
+        seen['page'] = (dest/'report.html').read_text(encoding='utf-8')
+        wait_for('extract')
+        p.send_signal(signal.SIGKILL)
     done = run('reid_quickstart', '--small', '--dest', dest)
     assert done.returncode == 0, done.stderr[-2000:]
-    return dest, done
+    return dest, seen, done
 
 @pytest.mark.long
 def test_the_walk_reports_every_door(walk):
-    dest, done = walk
+    dest, _, done = walk
     for name in ('look', 'toy', 'download', 'extract', 'pack', 'moco', 'rate0', 'moco_0', 'scratch_0', 'rate0_0',
                  'adds_rate0_market', 'calibrate', 'enrol_Ada', 'ask_3', 'roc'):
         assert (dest/'steps'/f'{name}.json').exists()
@@ -34,7 +46,7 @@ def test_the_walk_reports_every_door(walk):
 @pytest.mark.long
 def test_the_control_sees_what_moco_sees_and_learns_nothing(walk):
     from reid_nb.parts.weights import load_checkpoint
-    dest, _ = walk
+    dest, *_ = walk
     (moco, a), (still, b) = [load_checkpoint(dest/k/'moco.safetensors') for k in ('moco', 'rate0')]
     differ = [k for k, v in a['settings'].items() if b['settings'][k] != v]
     assert set(differ) <= {'lr', 'epochs'} and b['settings']['lr'] == 0 and a['digest'] == b['digest']
@@ -42,14 +54,14 @@ def test_the_control_sees_what_moco_sees_and_learns_nothing(walk):
 
 @pytest.mark.long
 def test_the_bar_tells_the_minutes_from_the_start_to_the_end(walk):
-    _, done = walk
+    *_, done = walk
     told = [float(m) for m in re.findall(r'the walk .*?([\d.]+) minutes left', done.stderr)]
     assert len(told) > 10 and told[0] > .3 and told[-1] == 0
     assert '100 %' in done.stderr.replace('\r', '\n').splitlines()[-1]
 
 @pytest.mark.long
 def test_a_second_walk_only_reads(walk, run):
-    dest, _ = walk
+    dest, *_ = walk
     before = {f: f.stat().st_mtime_ns for f in dest.rglob('*') if f.suffix in ('.mp4', '.jpg', '.lmdb', '.safetensors')}
     done = run('reid_quickstart', '--small', '--dest', dest)
     steps = [line for line in done.stdout.splitlines() if line.startswith('[') and '/' in line[:5]]
@@ -57,23 +69,12 @@ def test_a_second_walk_only_reads(walk, run):
     assert before == {f: f.stat().st_mtime_ns for f in before}
 
 @pytest.mark.long
-def test_a_killed_walk_goes_on(tmp_path, run):
+def test_a_killed_walk_goes_on(walk):
     "And while it walks there is a page that grows, with a picture before anything long begins."
-    dest, page = tmp_path/'walk', tmp_path/'walk'/'report.html'
-    exe = [Path(sys.executable).parent/'reid_quickstart', '--small', '--dest', dest]
-    with subprocess.Popen(exe, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as p:
-        assert p.stdout.readline().strip() == f'look on while it grows: {page.absolute().as_uri()}'
-        while not (dest/'steps'/'toy.json').exists():
-            assert p.poll() is None
-            time.sleep(.05)
-        text = page.read_text(encoding='utf-8')
-        assert text.count('data:image/png') == 1 and 'refresh' in text and 'minutes left' in text
-        while not (dest/'steps'/'extract.json').exists():
-            assert p.poll() is None
-            time.sleep(.05)
-        p.send_signal(signal.SIGKILL)
-    done = run('reid_quickstart', '--small', '--dest', dest)
-    assert done.returncode == 0, done.stderr[-2000:]
+    dest, seen, done = walk
+    page = dest/'report.html'
+    assert seen['line'] == f'look on while it grows: {page.absolute().as_uri()}'
+    assert seen['page'].count('data:image/png') == 1 and 'refresh' in seen['page'] and 'minutes left' in seen['page']
     assert 'people are cut out: stands' in done.stdout and 'refresh' not in page.read_text(encoding='utf-8')
 
 def refused(done, words):

@@ -97,6 +97,7 @@ def with_cameras(
     matcher:Matcher, # The network as it is
 )->Matcher: # With thresholds by camera, and of another name; raises `BadInput` where they are missing
     "Make of a network one that works with each camera's own statistics."
+    if matcher.digest.endswith(BY_CAMERA): return matcher
     if not matcher.network: raise BadInput('this network cannot learn about cameras')
     read_statistics(matcher.network[0])   # ONNX has none
     known = read_thresholds(matcher.path, by_camera=True)
@@ -134,7 +135,7 @@ def learn_camera(
         profile = profile.add(clip, camera_statistics(model, meta, crops), len(tracks))
         if not profile.share: raise BadInput(
             f'{video}: {len(tracks)} people to be seen well, and it takes {FEW} to know a camera: '
-            f'show {path} a clip with more people first (reid_camera)')
+            f'show the camera {Path(path).stem} a clip with more people first (reid_camera)')
         write_profile(path, profile, matcher.digest)
     return profile
 

@@ -61,8 +61,9 @@ def yolo_boxes(
         names = model.names
     except Exception as e: raise BadInput(f'{weights}: Ultralytics cannot load it: {e}') from None
     keep = [k for k, name in names.items() if name.lower() in wanted]
-    if not keep: raise BadInput(f'{weights}: finds {sorted(names.values())}, and no people: name the classes that are '
-                                f'people, such as {Path(weights).name}::{next(iter(names.values()), "person")}')
+    few = ', '.join([*names.values()][:5]) + ', ...'*(len(names) > 5)
+    if not keep: raise BadInput(f'{weights}: finds {few}, and no people: name the classes that are people, such as '
+                                f'{Path(weights).name}::{next(iter(names.values()), "person")}')
     def boxes(rgb):
         found = model.predict(rgb[..., ::-1], classes=keep, conf=.1, verbose=False)[0]
         return found.boxes.data.cpu().numpy().astype(np.float32)

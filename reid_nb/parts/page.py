@@ -470,7 +470,7 @@ def rate_input(backend):
     return gr.Radio(rates, value=first, label='False matches allowed, for each comparison')
 
 # %% ../../nbs/parts/28_page.ipynb #67c22a88
-def verification_tab(backend, examples, detector):
+def verification_tab(backend, examples, shared):
     "The tab to verify a claim; returns the tab, its list of people, and the choice of the rate."
     with gr.Tab('Verification') as tab, gr.Row():
         with gr.Column(min_width=300):
@@ -480,12 +480,12 @@ def verification_tab(backend, examples, detector):
         out = answer_column()
     measured = clip[0].change(slider_updates, clip[0], [*clip[1:], out[0]], **PRIVATE)
     claimed.change(say_errors(backend.show_samples), claimed, samples, api_name='samples')
-    connect_buttons(backend, press, backend.verify_clip, [*clip, claimed, fmr, detector], out,
+    connect_buttons(backend, press, backend.verify_clip, [*clip, claimed, fmr, *shared], out,
                     'verify', [measured])
     return tab, claimed, fmr
 
 # %% ../../nbs/parts/28_page.ipynb #3cbb92f0
-def identification_tab(backend, examples, detector):
+def identification_tab(backend, examples, shared):
     "The tab to identify; returns the choice of the rate."
     with gr.Tab('Identification'), gr.Row():
         with gr.Column(min_width=300):
@@ -496,7 +496,7 @@ def identification_tab(backend, examples, detector):
             fmr, press = rate_input(backend), submit_buttons()
         out = answer_column()
     measured = clip[0].change(slider_updates, clip[0], [*clip[1:], out[0]], **PRIVATE)
-    connect_buttons(backend, press, backend.identify_clip, [*clip, there, query, fmr, detector], out,
+    connect_buttons(backend, press, backend.identify_clip, [*clip, there, query, fmr, *shared], out,
                     'identify', [measured])
     return fmr
 

@@ -1,0 +1,236 @@
+"""The whole line at the size of the paper: seconds and memory of each step at a hundredth, a tenth and all of it.
+
+    python tests/benchmarks/scale.py WORK [--share .01] [--steps census,extract,...] [--kill] [--table]
+
+The paper has 44,550 names, 20,000 videos and 1,095,923 crops of 43,454 people; here are 44,550 names, 20,000 videos of
+two people, and 1,000,000 crops. The material is cheap: one video of a second and its 50 crops of real size (320 pixels
+high) are hard links under many names. Of the videos a hundred are not cut yet (at a hundredth: ten). What a step has
+taken is written into WORK/scale.json, so that the same command goes on after the last step that has ended; --table
+prints what is known, and draws WORK/scale.png.
+
+Seconds are those of the clock, memory is the peak of all processes of a step together. --kill SECONDS kills each of
+--steps after so long instead, and reports how long the same command takes until it goes on.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from reid_nb.crop_store import CropDataset
+from reid_nb.dataset import extract
+from reid_nb.parts.augment import crop_batches
+from reid_nb.parts.core import read_rgb
+from reid_nb.parts.detections import Dets, write_dets
+from reid_nb.parts.download import VideoName
+from reid_nb.parts.toy_city import build_toy, write_video
+
+NAMES, VIDEOS, CROPS, GALLERY = 44_550, 20_000, 50, 100_000
+HIGH, WIDE, FRAMES = 320, 160, 25
+
+# --- material
+
+def film(path, toy):
+    "A second of two people who stand before a wall."
+    wall = np.random.default_rng(0).integers(90, 130, (720, 1280, 3), np.uint8)
+    files = sorted((toy/'market'/'bounding_box_train').glob('*.jpg'))[:2*FRAMES]
+    def frames():
+        for k in range(FRAMES):
+            frame = wall.copy()
+            for x, f in ((200, files[k]), (800, files[k + FRAMES])):
+                picture = np.asarray(read_rgb(f))
+                rows = np.arange(HIGH)*len(picture)//HIGH
+                frame[200:200 + HIGH, x:x + WIDE] = picture[rows][:, np.arange(WIDE)*picture.shape[1]//WIDE]
+            yield frame
+    return write_video(path, frames())
+
+def detections():
+    "Two people in each frame."
+    frame = np.repeat(np.arange(FRAMES), 2)
+    left = np.tile([200, 800], FRAMES)
+    box = np.stack([left, np.full(2*FRAMES, 200), left + WIDE, np.full(2*FRAMES, 200 + HIGH)], 1)
+    return Dets('LUPerson-NL', frame, np.tile([0, 1], FRAMES), np.tile([1, 2], FRAMES), np.float32(box),
+                np.ones(2*FRAMES, np.float32), 720, 25.)
+
+def name_of(k): return VideoName(f'land{k//2000:02d}', f'city{k//500:03d}', f'video{k:06d}')
+
+def link(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists(): os.link(source, target)
+
+def make_material(root, share):
+    "Names, videos, detections and crops; what is there stays."
+    toy, one, n = build_toy(root.parent/'toy'), root/'one', round(VIDEOS*share)
+    if (root/'whole').exists(): return
+    names = [name_of(k) for k in range(round(NAMES*share))]
+    (root/'videos').mkdir(parents=True, exist_ok=True)
+    (root/'names.txt').write_text(''.join(f'{v.stem}\n' for v in names))
+    first = names[0]
+    first.path(one/'videos').parent.mkdir(parents=True, exist_ok=True)
+    (one/'dets').mkdir(exist_ok=True)
+    film(first.path(one/'videos'), toy)
+    write_dets(one/'dets'/f'{first.stem}.pkl', detections())
+    extract(one/'videos', one/'dets', one/'crops')
+    cut = one/'crops'/first.country/first.city/first.id
+    counts = json.loads((cut/'counts.json').read_text())
+    crops, undone = sorted(cut.glob('*.jpg')), min(100, n//20)
+    for k, v in enumerate(names[:n]):
+        link(first.path(one/'videos'), v.path(root/'videos'))
+        link(one/'dets'/f'{first.stem}.pkl', root/'dets'/f'{v.stem}.pkl')
+        if k < undone: continue
+        folder = root/'crops'/v.country/v.city/v.id
+        for f in crops: link(f, folder/f.name)
+        (folder/'counts.json').write_text(json.dumps(counts | dict(video=v.stem)))
+    (root/'whole').touch()
+
+def make_benchmark(root, share):
+    "A labelled set and features for it: 200 queries, a gallery of a million."
+    if (root/'features.npz').exists(): return
+    cut = sorted((root/'one'/'crops').rglob('*.jpg'))
+    rng, found = np.random.default_rng(0), {}
+    n = round(VIDEOS*CROPS*share)
+    for part, count, camera in (('query', 200, 1), ('bounding_box_test', n, 2)):
+        for k in range(count):
+            pid = k % (200 if part == 'query' else max(200, n//25)) + 1
+            name = f'{pid:05d}_c{camera}s1_{k:07d}_00.jpg'
+            link(cut[k % len(cut)], root/'market'/part/name)
+            person = np.random.default_rng(pid).normal(size=128)
+            found[f'{part}/{name}'] = np.float32(person + 2*rng.normal(size=128))
+    np.savez(root/'part.npz', **found)
+    os.replace(root/'part.npz', root/'features.npz')
+
+# --- measuring
+
+def peak(pid):
+    "Megabytes at the peak of a process, and of those that it has started."
+    try:
+        status, children = Path(f'/proc/{pid}/status').read_text(), Path(f'/proc/{pid}/task/{pid}/children').read_text()
+        return int(re.search(r'VmHWM:\s+(\d+)', status)[1])/1024 + sum(map(peak, children.split()))
+    except (OSError, TypeError): return 0.     # it has ended, or not begun
+
+def measure(command, log):
+    "Run a command; returns seconds, and megabytes at the peak of all its processes together."
+    memory = 0.
+    with open(log, 'w') as out:
+        begin = time.perf_counter()
+        p = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        while p.poll() is None:
+            memory = max(memory, peak(p.pid))
+            time.sleep(.05)
+    if p.returncode: raise SystemExit(f'{" ".join(map(str, command))}: exit code {p.returncode}, see {log}')
+    return time.perf_counter() - begin, memory
+
+def script(name, *args): return [Path(sys.executable).parent/name, *map(str, args)]
+def this(function, *args): return [sys.executable, __file__, args[0], '--call', function, *map(str, args[1:])]
+
+def commands(root, share):
+    "The steps by name, each a command; each works on what those before have made."
+    train = ['reid_pretrain', root/'crops.lmdb', '--out', root/'moco', '--arch', 'resnet10_x0_5', '--size', '64x32',
+             '--epochs', 1, '--steps', 20, '--save_every', 1e6]
+    return dict(
+        census=script('reid_download', root/'names.txt', '--dest', root/'videos', '--census'),
+        extract=script('reid_extract', root/'videos', root/'dets', '--dest', root/'crops'),
+        pack=script('reid_pack', root/'crops', root/'crops.lmdb'),
+        read=this('read', root),
+        stats=script('reid_pack', root/'gone', root/'crops.lmdb', '--stats'),
+        verify=script('reid_pack', root/'gone', root/'crops.lmdb', '--verify'),
+        pretrain=script(*train), resume=script(*train),
+        evaluate=script('reid_evaluate', '--features', root/'features.npz', '--data', root/'market'),
+        identify=this('identify', root, round(GALLERY*share)))
+
+def read(root):
+    "Open the store, draw an epoch's order, and read its first batch."
+    data = CropDataset(f'{root}/crops.lmdb')
+    batch = next(crop_batches(len(data), 256, 0, 1))
+    print(len(data), sum(data[i].size for _, i in batch))
+
+def identify(root, n):
+    "Fill a gallery, and ask it who somebody is."
+    from search import fill
+    from reid_nb.parts.gallery import Gallery
+    from reid_nb.parts.tracks import Matcher
+    shutil.rmtree(f'{root}/gallery', ignore_errors=True)
+    here = Gallery(Path(root)/'gallery', Matcher(None, 'a'*64, {}), create=True)
+    f = fill(here, int(n), 512)
+    for what in 'first', 'second':
+        begin = time.perf_counter()
+        (name, _), *_ = here.nearest(f[7])
+        print(f'{what} question: {time.perf_counter() - begin:.3f} s, {name}')
+
+# --- kills
+
+GOING = re.compile(r'(\d[\d,.]*k?M?)/[\d,.]+k?M? ')
+
+def until_it_goes_on(command, log, seconds):
+    "Kill a command after some seconds; returns how long the same command takes until its bar moves again."
+    with open(log, 'w') as out: p = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    time.sleep(seconds)
+    if p.poll() is not None: raise SystemExit(f'{command[0]} ended before it was killed: try a smaller --kill')
+    p.kill()
+    p.wait()
+    begin = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0) as p:
+        seen, text = set(), ''
+        while chunk := p.stdout.read(200):
+            text += chunk.decode(errors='replace')
+            seen |= {*GOING.findall(text)}
+            if len(seen) > 1: break      # where it began, and one step on
+        waited = time.perf_counter() - begin
+        while p.stdout.read(1 << 16): pass
+    return waited, p.returncode
+
+# --- the table
+
+def show(done):
+    "Print the steps side by side, with the slope from the smallest to the largest size, and draw them."
+    shares = sorted({float(s) for step in done.values() for s in step})
+    print('| step |' + ''.join(f' {s:g}: seconds | MB |' for s in shares) + ' slope |')
+    fig, axs = plt.subplots(1, 2, figsize=(9, 3.6))
+    for step, by in done.items():
+        found = [by.get(f'{s:g}') for s in shares]
+        at = [(s, *f) for s, f in zip(shares, found) if f]
+        slope = np.log(at[-1][1]/at[0][1])/np.log(at[-1][0]/at[0][0]) if len(at) > 1 else np.nan
+        cells = ''.join(f' {f[0]:.1f} | {f[1]:.0f} |' if f else ' | |' for f in found)
+        print(f'| {step} |{cells} {slope:.2f} |')
+        for ax, k in zip(axs, (1, 2)): ax.loglog([a[0] for a in at], [a[k] for a in at], 'o-', label=step)
+    for ax, what in zip(axs, ('seconds', 'MB at the peak')): ax.set(xlabel='share of the paper', ylabel=what)
+    axs[1].legend(fontsize=7, ncols=2)
+    fig.tight_layout()
+    return fig
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('work', type=Path)
+    p.add_argument('--share', type=float, default=.01)
+    p.add_argument('--steps', default='')
+    p.add_argument('--kill', type=float, help='seconds before a step is killed')
+    p.add_argument('--table', action='store_true')
+    p.add_argument('--call', nargs='+')
+    a = p.parse_args()
+    if a.call: return globals()[a.call[0]](a.work, *a.call[1:])
+    a.work.mkdir(parents=True, exist_ok=True)
+    notes, root = a.work/'scale.json', a.work/f'{a.share:g}'
+    done = json.loads(notes.read_text()) if notes.exists() else {}
+    if a.table: return show(done).savefig(a.work/'scale.png', dpi=110)
+    make_material(root, a.share)
+    steps = commands(root, a.share)
+    for step in a.steps.split(',') if a.steps else steps:
+        if a.kill:
+            waited, code = until_it_goes_on(steps[step], root/f'{step}.log', a.kill)
+            print(f'{step}: killed after {a.kill:g} s, goes on after {waited:.1f} s, exit code {code}', flush=True)
+            continue
+        if f'{a.share:g}' in done.get(step, {}): continue
+        if step == 'evaluate': make_benchmark(root, a.share)
+        seconds, MB = measure(steps[step], root/f'{step}.log')
+        done.setdefault(step, {})[f'{a.share:g}'] = seconds, MB
+        notes.write_text(json.dumps(done, indent=1))
+        print(f'{step:10} {seconds:8.1f} s {MB:8.0f} MB', flush=True)
+
+if __name__ == '__main__': main()
