@@ -19,6 +19,8 @@ from reid_nb.parts import tracks as people
 from reid_nb.biometrics import enroll
 from reid_nb.evaluate import calibrate
 from reid_nb.finetune import finetune
+from reid_nb.parts.toy_city import write_video
+from reid_nb.parts.video import read_frames
 from reid_nb.parts.weights import SMALL
 
 SHOTS = Path(os.environ.get('REID_SCREENSHOTS', ROOT/'nbs'/'_run'/'screenshots'))
@@ -279,6 +281,35 @@ def test_a_clip_that_is_measured_late_does_not_wipe_an_answer(browser, site, mon
     come.set()
     v.settle()
     assert 'Completed: Ada is enrolled' in v.answer('good')
+
+@pytest.mark.long
+@pytest.mark.parametrize('size', SIZES)
+def test_a_page_with_cameras(browser, toy, tmp_path, size):
+    "A camera is asked for, learned from a street, seen through, and offered to whoever comes next."
+    street = next(iter(sorted((toy/'videos').rglob('*porto*.mp4'))))
+    few = write_video(tmp_path/'street.mp4', (rgb for _, rgb in read_frames(street, [*range(120)])))
+    app = demo.build_demo(tmp_path/'gallery', SMALL, 'motion', toy/'clips', tmp_path/'cameras')
+    _, url, _ = serve_.serve_demo(app, prevent_thread_lock=True, quiet=True, inline=False)
+    v = Visitor(browser, url, size)
+    assert 'before which camera is it?' in enrol(v, 'Ada', 'ada_c1', 'error')
+    camera = v.page.get_by_label('Camera of the clip')
+    camera.fill('gate')
+    camera.press('Enter')
+    assert 'it takes 4 to know a camera' in v.submit('error')
+    v.tab('Cameras')
+    v.upload(few)
+    v.panel.locator('video').first.wait_for()
+    assert 'The camera gate is known' in v.submit('good')
+    v.shot('cameras')
+    assert 'camera gate: ' in enrol(v, 'Ada', 'ada_c1')
+    v.shot('through_a_camera')
+    fits(v)
+    other = Visitor(browser, url, size)
+    other.page.get_by_label('Camera of the clip').click()
+    other.page.get_by_role('option', name='gate', exact=True).wait_for()
+    assert v.errors == other.errors == []
+    assert sorted(p.name for p in (tmp_path/'cameras').iterdir()) == ['gate.json', 'gate.safetensors']
+    app.close()
 
 @pytest.mark.long
 def test_a_visit_by_phone(browser, site):
