@@ -74,7 +74,8 @@ def test_the_network_is_put_back_after_a_broken_picture(small, tmp_path):
     model, meta, paths, _ = small
     (tmp_path/'broken.jpg').write_bytes(b'no picture')
     before = embed(model, meta, paths[:8])
-    with pytest.raises(BadInput): embed_by_camera(model, meta, [*paths[:20], tmp_path/'broken.jpg'], [0]*21)
+    with pytest.raises(BadInput):      # when the first camera's statistics are in
+        embed_by_camera(model, meta, [*paths[:40], tmp_path/'broken.jpg'], [0]*20 + [1]*21)
     assert (embed(model, meta, paths[:8]) == before).all() and not model.training
     assert not any(m.training for m in model.modules())
 

@@ -263,6 +263,21 @@ FAULTS = [
     ('parts/benchmarks', "raise ValueError('not six numbers a line')", 'pass', OWN + ' -k broken_gt'),
     ('parts/benchmarks', 'except (NoConfig, ValueError): return None', 'except (NoConfig, ValueError): return 25.',
      OWN + ' -k without_frames'),
+    # templates and cameras
+    ('parts/tracks', 'return normalize((quality @ self.features)[None])[0]',
+     'return (quality @ self.features)/quality.sum()', 'tests/test_biometrics.py -k length_1'),
+    ('parts/gallery', 'normalize([np.frombuffer(x, np.float32) for _, x in rows])',
+     'np.stack([np.frombuffer(x, np.float32) for _, x in rows])', 'tests/test_biometrics.py -k old_gallery'),
+    ('parts/supervised', '        if not share or', '        if True or', 'tests/test_cameras.py -k which_steps'),
+    ('parts/weights', '    finally: set_statistics(model, own)\n    return out', '    finally: pass\n    return out',
+     'tests/test_cameras.py -k put_back'),
+    ('parts/weights', 'if len(here)>=LEAST else own', 'if True else own', 'tests/test_cameras.py -k few_pictures'),
+    ('parts/cameras', 'self.tracks/(self.tracks+FEW) if self.tracks>=FEW else 0.', 'self.tracks/(self.tracks+FEW)',
+     'tests/test_cameras.py -k add_up'),
+    ('parts/cameras', 'if clip in profile.clips: return profile', 'if False: return profile',
+     'tests/test_cameras.py -k few_people'),
+    ('parts/camera_tab', 'if self.cameras else matcher', 'if False else matcher',
+     'tests/test_cameras.py -k street'),
 ]
 
 def plant(copy, module, old, new):
