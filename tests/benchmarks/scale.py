@@ -8,8 +8,9 @@ high) are hard links under many names. Of the videos a hundred are not cut yet (
 taken is written into WORK/scale.json, so that the same command goes on after the last step that has ended; --table
 prints what is known, and draws WORK/scale.png.
 
-Seconds are those of the clock, memory is the peak of all processes of a step together. --kill SECONDS kills each of
---steps after so long instead, and reports how long the same command takes until it goes on.
+Seconds are those of the clock. Memory is the most that all processes of a step hold together, without the pages of
+files, which the system keeps as long as it likes. --kill SECONDS kills each of --steps after so long instead, and
+reports how long the same command takes until it goes on.
 """
 import argparse
 import json
@@ -108,11 +109,11 @@ def make_benchmark(root, share):
 
 # --- measuring
 
-def peak(pid):
-    "Megabytes at the peak of a process, and of those that it has started."
+def held(pid):
+    "Megabytes that a process and those that it has started hold now, without the pages of files."
     try:
-        status, children = Path(f'/proc/{pid}/status').read_text(), Path(f'/proc/{pid}/task/{pid}/children').read_text()
-        return int(re.search(r'VmHWM:\s+(\d+)', status)[1])/1024 + sum(map(peak, children.split()))
+        status, children = (Path('/proc', f'{pid}', k).read_text() for k in ('status', f'task/{pid}/children'))
+        return int(re.search(r'RssAnon:\s+(\d+)', status)[1])/1024 + sum(map(held, children.split()))
     except (OSError, TypeError): return 0.     # it has ended, or not begun
 
 def measure(command, log):
@@ -122,7 +123,7 @@ def measure(command, log):
         begin = time.perf_counter()
         p = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         while p.poll() is None:
-            memory = max(memory, peak(p.pid))
+            memory = max(memory, held(p.pid))
             time.sleep(.05)
     if p.returncode: raise SystemExit(f'{" ".join(map(str, command))}: exit code {p.returncode}, see {log}')
     return time.perf_counter() - begin, memory
