@@ -1,6 +1,6 @@
 """Renew the pictures of the demo in the lessons from the screenshots that the tests take:
 
-    REID_SCREENSHOTS=shots python -m pytest -n 0 tests/test_browser.py -k "visit"
+    REID_SCREENSHOTS=shots python -m pytest -n 0 tests/test_browser.py -k "visit or cameras"
     python tests/renew_images.py shots
 
 Each becomes nbs/images/demo_NAME.png, in 256 colours, at most 900 pixels wide and below 150 kB."""
@@ -11,7 +11,8 @@ from PIL import Image
 
 IMAGES, MOST = Path(__file__).resolve().parent.parent/'nbs'/'images', 150_000
 SHOTS = dict(verification='verification_true_desktop', enrollment='who_is_meant_desktop',
-             identification='identification_known_desktop', gallery='gallery_receipt_desktop')
+             identification='identification_known_desktop', gallery='gallery_receipt_desktop',
+             cameras='cameras_desktop')
 
 def renew(shot, image):
     "Make a small picture of a screenshot."

@@ -278,6 +278,10 @@ FAULTS = [
      'tests/test_cameras.py -k few_people'),
     ('parts/camera_tab', 'if self.cameras else matcher', 'if False else matcher',
      'tests/test_cameras.py -k street'),
+    ('demo', 'progress, claimed, self.camera(camera)), film', 'progress, claimed), film',
+     'tests/test_cameras.py -k street'),
+    ('demo', "CONSENT, progress,\n                           self.camera(camera))", 'CONSENT, progress)',
+     'tests/test_browser.py -k cameras'),
 ]
 
 def plant(copy, module, old, new):
