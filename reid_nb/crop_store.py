@@ -18,6 +18,7 @@ from .parts.detect import find_pairs
 from .parts.packing import (check_apart, check_pack_options, count_store, export_crops, find_begun,
                                    folder_source, lmdb_source, map_in_threads, people_source, print_packed,
                                    sample_sheet, shard_source, Source, verify_store)
+from .parts.parallel import hide_bar
 from .parts.store import (add_batch, check_pages, find_in_cities, hold_store, measure_item, META, OpenStore,
                                  open_to_write, share_flags)
 
@@ -27,11 +28,11 @@ def write_records(
     source:Source, # What is packed
     state, # `PackState`: how far it has come
     batch:int, # Pictures a transaction
-    progress:bool, # Show a progress bar?
+    progress:bool, # Show a progress bar? None: in a terminal or a notebook
 )->None:
     "Go on with a store until all items are in it."
     # while this `begin` lasts, no page that somebody may be reading is used again
-    with env.begin(), tqdm(total=source.total, initial=state.done, desc='pack', disable=not progress) as bar:
+    with env.begin(), tqdm(total=source.total, initial=state.done, desc='pack', disable=hide_bar(progress)) as bar:
         for items in map_in_threads(measure_item, source.items(state.done), batch):
             with env.begin(write=True) as txn: add_batch(txn, env.open_db(META, txn=txn), items, state)
             bar.update(len(items))
@@ -41,7 +42,7 @@ def pack(
     crops, # Folder of pictures, or a `Source`
     store, # File to make, or to go on with
     batch:int=1000, # Pictures a transaction
-    progress:bool=False, # Show a progress bar?
+    progress:bool=False, # Show a progress bar? None: in a terminal or a notebook
 ): # A `CropStore`; raises `BadInput` (wrong path, other pictures, another packer) and `OSError` (full disk)
     "Pack crops into one file. Killed at any moment, the same call goes on."
     source = crops if isinstance(crops, Source) else folder_source(crops)

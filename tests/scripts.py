@@ -3,12 +3,16 @@
 A command spends most of its seconds on imports, and the tests run hundreds. Here one process imports what they import,
 and each command is forked from it; the same script is run, with its own arguments, folder and environment."""
 import atexit
+import contextlib
+import fcntl
 import multiprocessing
 import os
 import runpy
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 from pathlib import Path
 
 SERVER = multiprocessing.get_context('forkserver')
@@ -37,3 +41,16 @@ def run_script(name, *args, cwd=None, timeout=None):
             p.kill()
             raise subprocess.TimeoutExpired([exe, *args], timeout)
         return subprocess.CompletedProcess([exe, *args], p.exitcode, *(f.read_text() for f in outputs))
+
+def run_in_terminal(name, *args):
+    "What a console script of this interpreter shows in a terminal of 80 columns; raises `CalledProcessError`."
+    here, there = os.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack('4H', 24, 80, 0, 0))
+    command, seen = [Path(sys.executable).parent/name, *map(str, args)], b''
+    with subprocess.Popen(command, stdout=there, stderr=there) as p:
+        os.close(there)
+        with contextlib.suppress(OSError):       # the terminal is gone when the script has ended
+            while True: seen += os.read(here, 1 << 16)
+    os.close(here)
+    if p.returncode: raise subprocess.CalledProcessError(p.returncode, command, seen.decode())
+    return seen.decode()

@@ -19,6 +19,7 @@ import lmdb
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from scripts import run_in_terminal
 
 from reid_nb import crop_store as cs
 from reid_nb.crop_store import CropDataset, CropStore, pack, video_source
@@ -50,6 +51,12 @@ def quiet(path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return CropStore(path)
+
+def test_a_terminal_shows_how_far_it_is(crops, tmp_path, run):
+    args = 'reid_pack', crops, tmp_path/'a.lmdb', '--verify', '--export', tmp_path/'out'
+    seen = run_in_terminal(*args)
+    for what in ('pack', 'verify', 'export'): assert re.search(rf'{what}: 100%.*2400/2400', seen), what
+    assert run(*args).stderr == ''       # into a file: no bar
 
 def test_everything_is_inside(crops, store):
     files = sorted(crops.rglob('*.jpg'))

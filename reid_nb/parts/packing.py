@@ -25,6 +25,7 @@ from tqdm import tqdm
 from .core import BadInput, decode, encode_jpeg, fingerprint, IMAGE_ENDINGS, lock, walk
 from .detect import left_out
 from .detections import read_dets, safe_load
+from .parallel import hide_bar
 from .store import (begin_reading, chain_digest, check_pages, close_readers, find_shards, Item,
                                  MAX_KEY, META, open_reader, OpenStore, PackState, read_in_order, read_shard, ROW,
                                  STORE_SCHEMA)
@@ -286,7 +287,7 @@ def shard_source(
 # %% ../../nbs/parts/21_packing.ipynb #6026c372
 def verify_file(
     part:OpenStore, # Of one file
-    progress:bool=False, # Show a progress bar?
+    progress:bool=False, # Show a progress bar? None: in a terminal or a notebook
 )->None: # Raises `BadInput` where a crop is missing, broken or another
     "Decode every crop of a finished file, and compare checksums and digest."
     if not part.finished: raise BadInput(f'{part.path}: is unfinished: pack it to the end')
@@ -295,7 +296,7 @@ def verify_file(
         key, crc, jpeg = read
         return key, jpeg, zlib.crc32(jpeg) == crc and decode(jpeg) is not None
     reads = zip(part.keys.tolist(), part.rows['crc'].tolist(), read_in_order(part))
-    with tqdm(total=len(part), desc='verify', disable=not progress) as bar:
+    with tqdm(total=len(part), desc='verify', disable=hide_bar(progress)) as bar:
         for batch in map_in_threads(check, reads, 1000):
             for key, jpeg, _ in batch: digest = chain_digest(digest, key, jpeg)
             changed += [key.decode(errors='replace') for key, _, good in batch if not good]
@@ -307,7 +308,7 @@ def verify_file(
 # %% ../../nbs/parts/21_packing.ipynb #2ff38aaa
 def verify_store(
     store, # A `CropStore`, or what makes one
-    progress:bool=False, # Show a progress bar?
+    progress:bool=False, # Show a progress bar? None: in a terminal or a notebook
 )->int: # How many crops there are; raises `BadInput` where one is missing, broken or another
     "Check every page and every crop of a finished store."
     paths = store.paths if isinstance(store, OpenStore) else find_shards(store)
@@ -352,13 +353,13 @@ def sample_sheet(
 def export_crops(
     store, # A `CropStore`
     dest, # Folder to fill; a file that is there already, and is the same, is left
-    progress:bool=False, # Show a progress bar?
+    progress:bool=False, # Show a progress bar? None: in a terminal or a notebook
 )->int: # Files in it now; raises `BadInput` for a key that leads out of the folder
     "Write every crop as a file again, `<key>.jpg`."
     root = os.path.realpath(dest)
     os.makedirs(root, exist_ok=True)
     with lock(root):
-        for i, key in enumerate(tqdm(store.keys.tolist(), 'export', disable=not progress)):
+        for i, key in enumerate(tqdm(store.keys.tolist(), 'export', disable=hide_bar(progress))):
             path = os.path.normpath(os.path.join(root, os.fsdecode(key) + '.jpg'))
             if not path.startswith(root + os.sep):
                 raise BadInput(f'{store.path}: key {key} leads out of {dest}')

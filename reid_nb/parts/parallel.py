@@ -76,8 +76,11 @@ def name_failure(
     return why if video in why else f'{video}: {why}'
 
 # %% ../../nbs/parts/01_parallel.ipynb #dff41311
-def hide_bar()->bool: # None: hidden unless there is a terminal; False: shown
+def hide_bar(
+    progress:bool=None, # Is a bar wanted? None: where somebody looks
+)->bool: # None: hidden unless there is a terminal
     "Tell tqdm whether to hide a bar."
+    if progress is not None: return not progress
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     return False if hasattr(shell, 'kernel') else None
 

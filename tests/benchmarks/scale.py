@@ -1,6 +1,6 @@
 """The whole line at the size of the paper: seconds and memory of each step at a hundredth, a tenth and all of it.
 
-    python tests/benchmarks/scale.py WORK [--share .01] [--steps census,extract,...] [--kill] [--table]
+    python tests/benchmarks/scale.py WORK [--share .01] [--steps census,extract,...] [--kill S] [--ray] [--table]
 
 The paper has 44,550 names, 20,000 videos and 1,095,923 crops of 43,454 people; here are 44,550 names, 20,000 videos of
 two people, and 1,000,000 crops. The material is cheap: one video of a second and its 50 crops of real size (320 pixels
@@ -9,29 +9,36 @@ taken is written into WORK/scale.json, so that the same command goes on after th
 prints what is known, and draws WORK/scale.png.
 
 Seconds are those of the clock. Memory is the most that all processes of a step hold together, without the pages of
-files, which the system keeps as long as it likes. --kill SECONDS kills each of --steps after so long instead, and
-reports how long the same command takes until it goes on.
+files, which the system keeps as long as it likes. --kill SECONDS kills each of --steps (extract, pack, pretrain) after
+so long, says how long the same command takes until it goes on, and holds the result against the one made in one go.
+--ray extracts and packs on a Ray cluster of four nodes, a worker killed in each, and compares as well.
 """
 import argparse
+import fcntl
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import psutil
+import torch
 
-from reid_nb.crop_store import CropDataset
+from reid_nb.crop_store import CropDataset, CropStore, folder_source, pack
 from reid_nb.dataset import extract
 from reid_nb.parts.augment import crop_batches
 from reid_nb.parts.core import read_rgb
 from reid_nb.parts.detections import Dets, write_dets
 from reid_nb.parts.download import VideoName
 from reid_nb.parts.toy_city import build_toy, write_video
+from reid_nb.parts.training import StateFiles
 
 NAMES, VIDEOS, CROPS, GALLERY = 44_550, 20_000, 50, 100_000
 HIGH, WIDE, FRAMES = 320, 160, 25
@@ -131,18 +138,19 @@ def measure(command, log):
 def script(name, *args): return [Path(sys.executable).parent/name, *map(str, args)]
 def this(function, *args): return [sys.executable, __file__, args[0], '--call', function, *map(str, args[1:])]
 
-def commands(root, share):
-    "The steps by name, each a command; each works on what those before have made."
-    train = ['reid_pretrain', root/'crops.lmdb', '--out', root/'moco', '--arch', 'resnet10_x0_5', '--size', '64x32',
-             '--epochs', 1, '--steps', 20, '--save_every', 1e6]
+def commands(root, share, out=None):
+    "The steps by name, each a command; each works on what those before have made, and writes into `out`."
+    out = out or root
+    train = ['reid_pretrain', root/'crops.lmdb', '--out', out/'moco', '--arch', 'resnet10_x0_5', '--size', '64x32',
+             '--epochs', 1, '--save_every', 1e6 if out == root else 5, '--steps']
     return dict(
         census=script('reid_download', root/'names.txt', '--dest', root/'videos', '--census'),
-        extract=script('reid_extract', root/'videos', root/'dets', '--dest', root/'crops'),
-        pack=script('reid_pack', root/'crops', root/'crops.lmdb'),
+        extract=script('reid_extract', root/'videos', root/'dets', '--dest', out/'crops'),
+        pack=script('reid_pack', root/'crops', out/'crops.lmdb'),
         read=this('read', root),
         stats=script('reid_pack', root/'gone', root/'crops.lmdb', '--stats'),
         verify=script('reid_pack', root/'gone', root/'crops.lmdb', '--verify'),
-        pretrain=script(*train), resume=script(*train),
+        pretrain=script(*train, 20), resume=script(*train, 20),
         evaluate=script('reid_evaluate', '--features', root/'features.npz', '--data', root/'market'),
         identify=this('identify', root, round(GALLERY*share)))
 
@@ -169,23 +177,122 @@ def identify(root, n):
 
 GOING = re.compile(r'(\d[\d,.]*k?M?)/[\d,.]+k?M? ')
 
-def until_it_goes_on(command, log, seconds):
-    "Kill a command after some seconds; returns how long the same command takes until its bar moves again."
-    with open(log, 'w') as out: p = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+def until_it_goes_on(command, log):
+    "Seconds from the start of a command until its bar moves; it runs to its end."
+    begin, moved, seen, text = time.perf_counter(), None, set(), ''
+    here, there = os.openpty()     # bars are drawn on terminals
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack('4H', 24, 80, 0, 0))
+    p = subprocess.Popen(command, stdout=there, stderr=there)
+    os.close(there)
+    while chunk := read_terminal(here):
+        text += chunk.decode(errors='replace')
+        seen |= {*GOING.findall(text)}
+        if moved is None and len(seen) > 1: moved = time.perf_counter() - begin   # where it began, and one step on
+    os.close(here)
+    log.write_text(text)
+    if p.wait(): raise SystemExit(f'{command[0]}: exit code {p.returncode}, see {log}')
+    return moved
+
+def read_terminal(here):
+    try: return os.read(here, 1 << 16)
+    except OSError: return b''      # whoever wrote has ended
+
+def undo(root, out):
+    "Crops as the material has them: the first videos are not cut yet."
+    shutil.rmtree(out, ignore_errors=True)
+    subprocess.run(['cp', '-al', root/'crops', out], check=True)
+    n = sum(1 for _ in (root/'dets').iterdir())
+    for k in range(min(100, n//20)):
+        v = name_of(k)
+        shutil.rmtree(out/v.country/v.city/v.id)
+
+def kill(step, root, share, seconds):
+    "Kill a step after some seconds, let the same command go on, and hold its result against the one made in one go."
+    out = root/'killed'
+    out.mkdir(exist_ok=True)
+    if step == 'extract': undo(root, out/'crops')
+    command = commands(root, share, out)[step]
+    if step == 'pretrain': command = [*command[:-1], '40']     # as many as `pretrain` and `resume` take together
+    log = root/f'{step}.killed.log'
+    with open(log, 'w') as f: p = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
     time.sleep(seconds)
-    if p.poll() is not None: raise SystemExit(f'{command[0]} ended before it was killed: try a smaller --kill')
+    if p.poll() is not None: raise SystemExit(f'{step} ended before it was killed: try a smaller --kill')
     p.kill()
     p.wait()
-    begin = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0) as p:
-        seen, text = set(), ''
-        while chunk := p.stdout.read(200):
-            text += chunk.decode(errors='replace')
-            seen |= {*GOING.findall(text)}
-            if len(seen) > 1: break      # where it began, and one step on
-        waited = time.perf_counter() - begin
-        while p.stdout.read(1 << 16): pass
-    return waited, p.returncode
+    if step == 'pretrain': command[-1] = str(40 - StateFiles(out/'moco', 'moco').read()['step'])
+    waited = until_it_goes_on(command, log)
+    print(f'{step}: killed after {seconds:g} s, goes on after {waited:.1f} s, {same(step, root, out)}', flush=True)
+
+def same(step, root, out):
+    "Hold two results against each other; says what is the same, or raises `AssertionError`."
+    if step == 'pack': return same_stores(root/'crops.lmdb', out/'crops.lmdb')
+    if step == 'pretrain':
+        one, two = (StateFiles(d/'moco', 'moco').read() for d in (root, out))
+        assert one['step'] == two['step'] == 40
+        a, b = one['parts']['model'], two['parts']['model']
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        return f'{len(a)} tensors after step 40 are the same'
+    one, two = (sorted(f.relative_to(d/'crops') for f in (d/'crops').rglob('*.*')) for d in (root, out))
+    cut = [f for v in map(name_of, range(100)) for f in (root/'crops'/v.country/v.city/v.id).glob('*')]
+    assert one == two and all(f.read_bytes() == (out/f.relative_to(root)).read_bytes() for f in cut)
+    return f'{len(one):,} files are the same'
+
+def same_stores(one, two):
+    "Hold every crop of two stores against each other."
+    a, b = CropStore(one), CropStore(two)
+    where = {key: i for i, key in enumerate(b.keys)}
+    assert len(a.keys) == len(where) == len(b.keys)
+    assert all(a[i] == b[where[key]] for i, key in enumerate(a.keys))
+    return f'{len(where):,} crops are the same'
+
+# --- many machines
+
+def on_machines(root, share):
+    "Extract and pack on a Ray cluster of four nodes, kill a worker in the middle of each; the stores must be equal."
+    import ray
+    from ray.cluster_utils import Cluster
+    out = root/'ray'
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    undo(root, out/'crops')
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1))
+    for _ in range(3): cluster.add_node(num_cpus=1)
+    os.environ['RAY_ADDRESS'] = cluster.address
+    try:
+        begin = time.perf_counter()
+        p = subprocess.Popen(commands(root, share, out)['extract'] + ['--engine', 'ray', '--workers', '4'])
+        kill_one('crop_video')
+        assert p.wait() == 0
+        print(f'ray, extract: {time.perf_counter() - begin:.0f} s with a worker killed, {same("extract", root, out)}')
+        begin = time.perf_counter()
+        ray.init(log_to_driver=False, logging_level='ERROR')
+        parts = [out/'parts'/f'{k}' for k in range(4)]
+        for k, country in enumerate(sorted((out/'crops').iterdir())):      # each machine a fourth of the countries
+            if country.is_dir() and not country.name.startswith('.'): link_folder(country, parts[k % 4]/country.name)
+        (out/'stores').mkdir()
+        task = ray.remote(max_retries=5)(pack_part)
+        refs = [task.remote(part, out/'stores'/f'{part.name}.lmdb') for part in parts]
+        kill_one('pack_part')
+        ray.get(refs)
+        subprocess.run(script('reid_pack', out/'stores', out/'crops.lmdb', '--merge'), check=True)
+        print(f'ray, pack: {time.perf_counter() - begin:.0f} s with a worker killed, '
+              f'{same_stores(root/"crops.lmdb", out/"crops.lmdb")}')
+    finally:
+        ray.shutdown()
+        for node in cluster.list_all_nodes(): node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+def link_folder(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(source)
+
+def pack_part(part, store): pack(folder_source(part), store)
+
+def kill_one(name):
+    "Wait until workers of Ray do a task, and kill one."
+    def at_work(p): return f'ray::{name}' in ' '.join(p.info['cmdline'] or [])
+    while not (found := [*filter(at_work, psutil.process_iter(['cmdline']))]): time.sleep(.02)
+    time.sleep(1)
+    found[0].kill()
 
 # --- the table
 
@@ -212,20 +319,22 @@ def main():
     p.add_argument('--share', type=float, default=.01)
     p.add_argument('--steps', default='')
     p.add_argument('--kill', type=float, help='seconds before a step is killed')
+    p.add_argument('--ray', action='store_true')
     p.add_argument('--table', action='store_true')
     p.add_argument('--call', nargs='+')
     a = p.parse_args()
     if a.call: return globals()[a.call[0]](a.work, *a.call[1:])
+    a.work = a.work.absolute()
     a.work.mkdir(parents=True, exist_ok=True)
     notes, root = a.work/'scale.json', a.work/f'{a.share:g}'
     done = json.loads(notes.read_text()) if notes.exists() else {}
     if a.table: return show(done).savefig(a.work/'scale.png', dpi=110)
     make_material(root, a.share)
+    if a.ray: return on_machines(root, a.share)
     steps = commands(root, a.share)
     for step in a.steps.split(',') if a.steps else steps:
         if a.kill:
-            waited, code = until_it_goes_on(steps[step], root/f'{step}.log', a.kill)
-            print(f'{step}: killed after {a.kill:g} s, goes on after {waited:.1f} s, exit code {code}', flush=True)
+            kill(step, root, a.share, a.kill)
             continue
         if f'{a.share:g}' in done.get(step, {}): continue
         if step == 'evaluate': make_benchmark(root, a.share)
