@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,13 +23,14 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from scripts import run_in_terminal
 
 from reid_nb import crop_store as cs
+from reid_nb.parts import store as parts_store
 from reid_nb.crop_store import CropDataset, CropStore, pack, video_source
 from reid_nb.parts.augment import decode_batch, group
 from reid_nb.parts.core import BadInput, decode
 from reid_nb.parts.packing import (
     count_store, export_crops, list_crops, lmdb_source, OLD_ROW, sample_sheet, shard_source, Source, verify_store)
 from reid_nb.parts.store import (
-    chain_digest, close_readers, Item, measure_item, open_lmdb, open_reader, parse_key)
+    chain_digest, close_readers, forget_files, Item, measure_item, open_lmdb, open_reader, parse_key, read_in_order)
 
 @pytest.fixture(scope='module')
 def crops(tmp_path_factory):
@@ -423,6 +425,29 @@ def test_shards(crops, store, tmp_path, run):
     shutil.copy(next(shards.iterdir()), shards/'twin.lmdb')
     twice = pack(shard_source(shards), tmp_path/'twice.lmdb')
     assert len(twice) == 2400 and len(twice.skipped) == 600 and twice.skipped[0].endswith('another one has this name')
+
+def test_in_order_from_any_picture_of_any_shard(crops, tmp_path, monkeypatch):
+    (tmp_path/'shards').mkdir()
+    files = sorted(crops.rglob('*.jpg'))[:30]
+    for k, some in enumerate((files[:4], files[4:25], files[25:])):
+        for f in some:
+            (tmp_path/f'{k}'/f.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(f, tmp_path/f'{k}'/f.parent.name)
+        pack(tmp_path/f'{k}', tmp_path/'shards'/f'{k}.lmdb')
+    store, fetched = CropStore(tmp_path/'shards'), []
+    monkeypatch.setattr(parts_store, 'AHEAD', 10)
+    monkeypatch.setattr(parts_store, 'fetch_pages', lambda path, sizes, i: fetched.append((path, len(sizes), i)))
+    for start in range(31): assert [*read_in_order(store, start)] == [store[i] for i in range(start, 30)]
+    fetched.clear()
+    [*read_in_order(store, 15)]
+    assert fetched == [(store.paths[1], 21, 11), (store.paths[1], 21, 20), (store.paths[2], 5, 0)]
+
+def test_in_order_the_disk_is_asked_for_many_pages_at_once(crops, tmp_path):
+    store = pack(crops, tmp_path/'a.lmdb')
+    if not forget_files([store.path]): pytest.skip('this system forgets no file')
+    begin = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    assert sum(map(len, read_in_order(store))) == store.rows['size'].sum()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_majflt - begin < len(store)/10
 
 def test_a_track_is_one_in_all_shards(crops, tmp_path):
     files = sorted(crops.glob('alba/porto/toyVideo000/*.jpg'))

@@ -359,13 +359,14 @@ def export_crops(
     root = os.path.realpath(dest)
     os.makedirs(root, exist_ok=True)
     with lock(root):
-        for i, key in enumerate(tqdm(store.keys.tolist(), 'export', disable=hide_bar(progress))):
+        crops = zip(store.keys.tolist(), read_in_order(store))
+        for key, jpeg in tqdm(crops, 'export', len(store), disable=hide_bar(progress)):
             path = os.path.normpath(os.path.join(root, os.fsdecode(key) + '.jpg'))
             if not path.startswith(root + os.sep):
                 raise BadInput(f'{store.path}: key {key} leads out of {dest}')
-            if os.path.isfile(path) and Path(path).read_bytes() == store[i]: continue
+            if os.path.isfile(path) and Path(path).read_bytes() == jpeg: continue
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            Path(f'{path}.part').write_bytes(store[i])
+            Path(f'{path}.part').write_bytes(jpeg)
             os.replace(f'{path}.part', path)
     return len(store)
 
