@@ -24,7 +24,7 @@ from reid_nb.parts.core import BadInput, lock
 from reid_nb.parts.metrics import (
     chance, check_answers, operating_points, open_set, rank, score_counts, select_part, split_people, tied_queries)
 from reid_nb.parts.drift import find_drift, identification_rate, plot_scores
-from reid_nb.parts.scoring import describe_result, load_npz, read_features, summarize, write_json
+from reid_nb.parts.scoring import describe_result, read_features, summarize, write_json
 
 few = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -461,12 +461,15 @@ def test_any_npz_gives_features_or_one_line(scene, tmp_path_factory, data, how):
     assert how != 'cut' and qf.dtype == gf.dtype == np.float32 and len(qf) == len(gf) == 12
 
 def test_archives_of_other_things(scene, tmp_path):
-    with zipfile.ZipFile(tmp_path/'texts.npz', 'w') as z: z.writestr('0001_c1s1_000001_00.jpg', 'text')
+    _, bench, found = scene
+    with zipfile.ZipFile(tmp_path/'texts.npz', 'w') as z:
+        for name in found: z.writestr(f'{name}.npy', 'text')
     np.save(tmp_path/'one.npy', np.ones(3))
-    np.savez(tmp_path/'objects.npz', x=np.array([{}], object))
+    np.savez(tmp_path/'objects.npz', **dict.fromkeys(found, np.array([{}], object)))
     (tmp_path/'folder.npz').mkdir()
-    for name in 'texts.npz', 'one.npy', 'objects.npz', 'folder.npz', 'none.npz':
-        with pytest.raises(BadInput, match=name): load_npz(tmp_path/name)
+    for name, words in (('texts.npz', 'numbers'), ('one.npy', 'numbers'), ('objects.npz', 'numbers: Object arrays'),
+                        ('folder.npz', 'no such file'), ('none.npz', 'no such file')):
+        with pytest.raises(BadInput, match=f'{name}: .*{words}'): read_features(tmp_path/name, bench)
 
 def test_files_that_cannot_be_written(scene, tmp_path, monkeypatch):
     "A folder where the file should be, a picture whose name is not UTF-8: said before anything is embedded"

@@ -5,7 +5,8 @@
 Medians of several rounds; in each round every system does the same, one after another. JPEGs from the crops of the toy
 city, all of one height, several thousand different ones, repeated; keys as extraction gives them. Writing: from
 pictures in memory until all is on the disk; databases sync at every commit, the folder once at the end. Reading: page
-cache warm, seconds of the processor. LUPerson's reader encodes the key and begins a transaction for each picture.
+cache warm, seconds of the processor; and once in order after the system was asked to forget the files, seconds of the
+clock. LUPerson's reader encodes the key and begins a transaction for each picture.
 """
 import argparse
 import gc
@@ -15,6 +16,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -24,7 +26,7 @@ import numpy as np
 from reid_nb.parts.core import decode
 from reid_nb.crop_store import CropStore, pack
 from reid_nb.parts.packing import Source
-from reid_nb.parts.store import close_readers, Item
+from reid_nb.parts.store import close_readers, forget_files, Item, read_in_order
 from reid_nb.parts.toy_city import build_toy
 
 
@@ -82,6 +84,13 @@ def readers(root, records):
     return {'random reads': reads | {'ours, by key': by_key, 'LUPerson': luperson, 'folder': folder},
             'read and decode': {'raw get': raw_decoded, 'ours': ours_decoded}, 'reads in order': reads}
 
+def scan_raw(root, **kw):
+    with lmdb.open(f'{root}/raw.lmdb', subdir=False, readonly=True, lock=False, **kw) as env, env.begin() as txn:
+        for _ in txn.cursor(): pass
+
+def scan_ours(root):
+    for _ in read_in_order(CropStore(f'{root}/ours.lmdb')): pass
+
 def open_raw(root):
     with lmdb.open(f'{root}/raw.lmdb', subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
         list(txn.cursor().iternext(values=False))
@@ -136,6 +145,15 @@ def main():
             times['raw, all keys'].append(timed(lambda: open_raw(root)))
             times['ours'].append(timed(lambda: CropStore(root/'ours.lmdb')))
         for name, ts in times.items(): print(f'opening: {name:20} {1000*statistics.median(ts):8.1f} ms')
+        scans = {'raw cursor': scan_raw, 'raw, page by page': partial(scan_raw, readahead=False), 'ours': scan_ours}
+        times = {name: [] for name in scans}
+        for _ in range(args.repeats):
+            for name, scan in scans.items():
+                close_readers()
+                os.sync()
+                forget_files([root/'raw.lmdb', root/'ours.lmdb'])
+                times[name].append(timed(lambda: scan(root)))
+        report('cold, in order', times, n, 'raw cursor')
         shuffled = np.random.default_rng(0).permutation(n).tolist()
         for what, reads in readers(root, records).items():
             order = list(range(n)) if 'order' in what else shuffled[:10_000] if 'decode' in what else shuffled
