@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from zipfile import ZipFile
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 from numpy.lib.format import read_array
@@ -66,11 +66,11 @@ def open_npz(
 
 def read_vector(
     z:ZipFile, # From `open_npz`
-    name:str, # Of an array in it
+    entry:ZipInfo, # Of an array in it
     length:int=None, # Numbers that are expected
 )->np.ndarray: # [length]; raises `BadInput` for anything else, and `ValueError` for what is no array of numbers
     "Read one picture's features; nothing is unpickled."
-    with z.open(f'{name}.npy') as f: x = read_array(f, allow_pickle=False)
+    with z.open(entry) as f: x = read_array(f, allow_pickle=False)
     if x.shape != (x.size if length is None else length,): raise BadInput(f'{z.filename}: not vectors of one length')
     if x.dtype.kind not in 'fiu': raise BadInput(f'{z.filename}: not vectors of numbers')
     return x
@@ -92,15 +92,16 @@ def read_features(
     samples, n = [*benchmark.query, *benchmark.gallery], len(benchmark.query)
     names, double = full_names(samples), names_of_several(samples, benchmark.more)
     with open_npz(path) as z:
-        def there(name): return f'{name}.npy' in z.NameToInfo
-        if twice := [*filter(there, double)]:
+        def find(name): return z.NameToInfo.get(f'{name}.npy')
+        if twice := [*filter(find, double)]:
             raise BadInput(f'{path}: {min(twice)} is in two folders: write <folder>/<name>')
-        found = [name if there(name) else os.path.basename(name) for name in names]
-        if none := [whole for whole, name in zip(names, found) if not there(name)]:
+        found = [find(name) or find(os.path.basename(name)) for name in names]
+        if none := [name for name, entry in zip(names, found) if not entry]:
             raise BadInput(f'{path}: no features for {len(none):,} pictures, such as {none[0]}')
+        del names       # a hundred bytes for each picture
         out = np.empty((len(samples), len(read_vector(z, found[0]))), np.float32)
         with np.errstate(over='ignore', invalid='ignore'):   # what float32 cannot hold is found by `check_features`
-            for row, name in zip(out, found): row[:] = read_vector(z, name, len(row))
+            for row, entry in zip(out, found): row[:] = read_vector(z, entry, len(row))
     return out[:n], out[n:]
 
 # %% ../../nbs/parts/24_scoring.ipynb #46d4fc76

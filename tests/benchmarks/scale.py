@@ -37,6 +37,7 @@ from reid_nb.parts.augment import crop_batches
 from reid_nb.parts.core import read_rgb
 from reid_nb.parts.detections import Dets, write_dets
 from reid_nb.parts.download import VideoName
+from reid_nb.parts.store import read_in_order
 from reid_nb.parts.toy_city import build_toy, write_video
 from reid_nb.parts.training import StateFiles
 
@@ -240,10 +241,10 @@ def same(step, root, out):
 def same_stores(one, two):
     "Hold every crop of two stores against each other."
     a, b = CropStore(one), CropStore(two)
-    where = {key: i for i, key in enumerate(b.keys)}
-    assert len(a.keys) == len(where) == len(b.keys)
-    assert all(a[i] == b[where[key]] for i, key in enumerate(a.keys))
-    return f'{len(where):,} crops are the same'
+    assert sorted(a.keys) == sorted(b.keys)
+    in_order = read_in_order(b) if (a.keys == b.keys).all() else (b.get(key) for key in a.keys.tolist())
+    assert all(x == y for x, y in zip(read_in_order(a), in_order, strict=True))
+    return f'{len(a):,} crops are the same'
 
 # --- many machines
 
@@ -266,9 +267,8 @@ def on_machines(root, share):
         print(f'ray, extract: {time.perf_counter() - begin:.0f} s with a worker killed, {same("extract", root, out)}')
         begin = time.perf_counter()
         ray.init(log_to_driver=False, logging_level='ERROR')
-        parts = [out/'parts'/f'{k}' for k in range(4)]
-        for k, country in enumerate(sorted((out/'crops').iterdir())):      # each machine a fourth of the countries
-            if country.is_dir() and not country.name.startswith('.'): link_folder(country, parts[k % 4]/country.name)
+        parts, cities = [out/'parts'/f'{k}' for k in range(4)], sorted((out/'crops').glob('land*/*'))
+        for k, city in enumerate(cities): link_folder(city, parts[4*k//len(cities)]/city.parent.name/city.name)
         (out/'stores').mkdir()
         task = ray.remote(max_retries=5)(pack_part)
         refs = [task.remote(part, out/'stores'/f'{part.name}.lmdb') for part in parts]
