@@ -297,20 +297,19 @@ def kill_one(name):
 # --- the table
 
 def show(done):
-    "Print the steps side by side, with the slope from the smallest to the largest size, and draw them."
+    "Print the steps side by side, with the slope of the last tenfold, and draw them; returns the figure."
     shares = sorted({float(s) for step in done.values() for s in step})
-    print('| step |' + ''.join(f' {s:g}: seconds | MB |' for s in shares) + ' slope |')
-    fig, axs = plt.subplots(1, 2, figsize=(9, 3.6))
+    print('| step |' + ''.join(f' {s:g} |' for s in shares) + ' slope |')
+    fig, axs = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
     for step, by in done.items():
-        found = [by.get(f'{s:g}') for s in shares]
-        at = [(s, *f) for s, f in zip(shares, found) if f]
-        slope = np.log(at[-1][1]/at[0][1])/np.log(at[-1][0]/at[0][0]) if len(at) > 1 else np.nan
-        cells = ''.join(f' {f[0]:.1f} | {f[1]:.0f} |' if f else ' | |' for f in found)
-        print(f'| {step} |{cells} {slope:.2f} |')
-        for ax, k in zip(axs, (1, 2)): ax.loglog([a[0] for a in at], [a[k] for a in at], 'o-', label=step)
-    for ax, what in zip(axs, ('seconds', 'MB at the peak')): ax.set(xlabel='share of the paper', ylabel=what)
-    axs[1].legend(fontsize=7, ncols=2)
-    fig.tight_layout()
+        at = [(s, *by[f'{s:g}']) for s in shares if f'{s:g}' in by]
+        slope = np.log(at[-1][1]/at[-2][1])/np.log(at[-1][0]/at[-2][0]) if len(at) > 1 else np.nan
+        print(f'| {step} |' + ''.join(f' {t:,.1f} s, {MB:,.0f} MB |' for _, t, MB in at) + f' {slope:.2f} |')
+        for ax, k in zip(axs, (1, 2)): ax.loglog([a[0] for a in at], [a[k] for a in at], 'o-', ms=4, label=step)
+    for ax, what in zip(axs, ('seconds', 'MB at the peak')):
+        ax.set(xlabel='share of the paper\'s size', ylabel=what, xticks=shares, xticklabels=[f'{s:g}' for s in shares])
+        ax.minorticks_off()
+    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside right center', fontsize=8)
     return fig
 
 def main():
