@@ -10,6 +10,9 @@ from scripts import run_script
 
 # Trainings are compared bit by bit, and several programs share two cores: one thread each.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# Hundreds of processes are started: each would compile the package anew where nobody may keep what is compiled.
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+sys.dont_write_bytecode = False
 # With a network and without, the people of the drawn clips are found by the same detector.
 os.environ.setdefault('REID_DETECTOR', 'motion')
 
