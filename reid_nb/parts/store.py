@@ -384,7 +384,7 @@ def fetch_pages(
     i:int, # The next one
 ):
     "Bring the pages of the next `AHEAD` pictures into memory."
-    at, end = (int(os.path.getsize(path)*(sizes[:k].sum()/sizes.sum())) for k in (i, i + AHEAD))
+    at, end = (int(os.path.getsize(path)*(sizes[:k].sum()/max(1, sizes.sum()))) for k in (i, i + AHEAD))
     with open(path, 'rb', buffering=0) as f:
         f.seek(at)
         f.read(end - at + (1 << 20))     # where a picture lies is known roughly
