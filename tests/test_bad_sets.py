@@ -460,6 +460,13 @@ def test_any_npz_gives_features_or_one_line(scene, tmp_path_factory, data, how):
         return
     assert how != 'cut' and qf.dtype == gf.dtype == np.float32 and len(qf) == len(gf) == 12
 
+def test_a_name_with_its_folder_goes_before_the_name_alone(scene, tmp_path):
+    _, bench, found = scene
+    first = bench.query[0].path
+    assert sum(s.path.name == first.name for s in bench.query + bench.gallery) == 1
+    np.savez(tmp_path/'f.npz', **found, **{first.name: np.zeros(8)})
+    assert np.array_equal(read_features(tmp_path/'f.npz', bench)[0][0], np.float32(found[f'query/{first.name}']))
+
 def test_archives_of_other_things(scene, tmp_path):
     _, bench, found = scene
     with zipfile.ZipFile(tmp_path/'texts.npz', 'w') as z:
