@@ -16,7 +16,7 @@ from .parts.cameras import see_camera, with_cameras
 from .parts.core import BadInput, command
 from .parts.decisions import (
     choose_track, Decision, evidence, explain, film_labels, find_usable_tracks, log_outcome, most_similar_pair,
-    other_names, Outcome, print_outcome, same_person, SeveralPeople)
+    name_everybody, other_names, Outcome, print_outcome, same_person, SeveralPeople, who_is_elsewhere)
 from .parts.film import draw_film
 from .parts.gallery import as_json, clean_name, Gallery, gallery_matcher
 from .parts.tracks import (
@@ -86,18 +86,22 @@ def rank_people(
 def decide(
     track:Track, # Of the clip
     probe:Template, # Of the track
+    ranking:list, # From `rank_people`
+    found:str, # The name among them that is this person's, from `name_everybody`, or None
+    elsewhere:dict, # From `who_is_elsewhere`
     gallery:Gallery, # Who is enrolled
     zone:tuple, # From `decision_zone`
     times:np.ndarray, # From `frame_times`
-    claimed:str=None, # Compare with this person only
+    claimed:str=None, # The only one who was asked about
 )->Decision: # Of this track alone
-    "Compare one person of a clip with one enrolled person, or with all."
-    (name, score), *_ = ranking = rank_people(probe, gallery, claimed)
-    shot, pair = most_similar_pair(probe, gallery, name)
-    answer = classify_score(score, zone)
-    if answer == 'no match' and claimed is None: name = None
+    "Decide about one person of a clip, and gather the evidence."
+    closest = found or next((name for name, _ in ranking if name not in elsewhere), ranking[0][0])
+    score = dict(ranking)[closest]
+    answer = classify_score(score, zone) if found else 'no match'
+    shot, pair = most_similar_pair(probe, gallery, closest)
     seen = visible_intervals(track, times)
-    return Decision(track.number, answer, name, score, *zone, seen, ranking, pair, shot, probe)
+    return Decision(track.number, answer, found or claimed, closest, score, *zone, seen, ranking, pair, shot, probe,
+                    elsewhere)
 
 # %% ../nbs/06_biometrics.ipynb #db37b6bf
 def identify(
@@ -123,7 +127,11 @@ def identify(
     tracks = find_tracks(video, weights, start, stop, progress=progress)
     (good, why), times = require_usable(video, tracks), frame_times(video)
     matcher, about = see_camera(matcher, camera, video, good)
-    decisions = [decide(t, make_template(t, matcher), here, zone, times, name) for t in good]
+    probes = [make_template(t, matcher) for t in good]
+    rankings = [rank_people(p, here, name) for p in probes]
+    found = name_everybody(good, rankings, zone[0])
+    each = zip(good, probes, rankings, found, who_is_elsewhere(good, found))
+    decisions = [decide(*one, here, zone, times, name) for one in each]
     outcome = Outcome(name, decisions, why, float(fmr), tracks.detector, tracks,
                       calibration=matcher.calibration, found_by=tracks.found_by, camera=about)
     if film: draw_film(video, film, tracks, film_labels(outcome), start, stop, progress)

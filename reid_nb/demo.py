@@ -26,7 +26,7 @@ def show_outcome(outcome, gallery, film):
     "Reply with an outcome, and the evidence of each decision."
     head, *lines = explain(outcome)
     kind = {'match': 'good', 'no match': 'bad', 'inconclusive': 'ask'}[outcome.answer]
-    pairs = [(evidence(d, gallery), f'person {d.track} and {d.ranking[0][0]}: {d.answer}')
+    pairs = [(evidence(d, gallery), f'person {d.track} and {d.closest}: {d.answer}')
              for d in outcome.decisions]
     box = answer_box(kind, f'{head[0].upper()}{head[1:]}.', lines + outcome.notes, pairs)
     return Reply(box, outcome.to_dict(), film)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import closing
 from fractions import Fraction
+from itertools import combinations, product
 from pathlib import Path
 
 import av
@@ -156,6 +157,42 @@ def test_three_zones(films, tmp_path):
     assert answers == ['match', 'inconclusive', 'no match']
     assert 'inconclusive' in str(ask('again', .001))
     with pytest.raises(BadInput, match='0.01, 0.001'): ask('red', .3)
+
+def test_nobody_is_in_two_places(films, tmp_path):
+    "Before a camera that turns everybody redder, blue is most like Red, but not beside Red."
+    points = {'0.01': dict(low=.2, high=.3)}
+    for name in 'Red', 'Blue': bio.enroll(name, films[name.lower()], tmp_path/'g', ppl.Matcher(colours, 'a'*64, points))
+    red, = colours([np.full((80, 30, 3), RED, np.uint8)])
+    def redder(crops): return (x := colours(crops) + 1.1*red)/np.linalg.norm(x, axis=1, keepdims=True)
+    matcher = ppl.Matcher(redder, 'a'*64, points)
+    alone = bio.identify(films['blue'], tmp_path/'g', matcher)
+    assert [(d.name, d.answer) for d in alone.decisions] == [('Red', 'match')]
+    both = bio.identify(films['both'], tmp_path/'g', matcher)
+    d = {d.name: d for d in both.decisions}
+    assert [n for n, _ in d['Blue'].ranking] == ['Red', 'Blue'] and d['Blue'].score == d['Blue'].ranking[1][1]
+    assert d['Blue'].pair['crop'].startswith('Blue/') and d['Blue'].elsewhere == {'Red': d['Red'].track}
+    assert re.search(rf'Blue .Red 0.\d+ is person {d["Red"].track}, seen at the same time', str(both))
+    claim = bio.verify('Red', films['both'], tmp_path/'g', matcher)
+    assert {(c.track, c.name, c.answer) for c in claim.decisions} == {
+        (d['Red'].track, 'Red', 'match'), (d['Blue'].track, 'Red', 'no match')}
+    json.dumps(both.to_dict())
+
+spells = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1, max_size=4)
+
+@given(spells, st.data())
+@settings(max_examples=150, deadline=None)
+def test_names_are_the_best_of_all_that_are_possible(spells, data):
+    score = st.integers(0, 100).map(lambda k: k/100)
+    rankings = [[(n, data.draw(score)) for n in 'abc'] for _ in spells]
+    tracks = [ppl.Track(k, [(f, (0, 0, 8, 16)) for f in range(first, first + n)])
+              for k, (first, n) in enumerate(spells)]
+    met = [(i, j) for i, j in combinations(range(len(tracks)), 2)
+           if {f for f, _ in tracks[i].seen} & {f for f, _ in tracks[j].seen}]
+    def possible(names): return all(names[i] != names[j] or names[i] is None for i, j in met)
+    def gain(names): return sum(dict(r)[n] - .3 for n, r in zip(names, rankings) if n)
+    found = dec.name_everybody(tracks, rankings, .3)
+    assert possible(found) and all(dict(r)[n] >= .3 for n, r in zip(found, rankings) if n)
+    assert gain(found) == pytest.approx(max(map(gain, filter(possible, product([None, *'abc'], repeat=len(tracks))))))
 
 def test_a_decision_carries_its_evidence(films, tmp_path):
     bio.enroll('Red', films['red'], tmp_path/'g', MATCHER)

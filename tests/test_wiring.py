@@ -18,7 +18,7 @@ from reid_nb.parts import models
 from reid_nb import moco as moco_
 from reid_nb.parts.align import apply_fit, choose_fit, score_offsets
 from reid_nb.parts.models import IBN
-from reid_nb.biometrics import decide
+from reid_nb.biometrics import decide, rank_people
 from reid_nb.parts.benchmarks import Benchmark, Protocol, read_benchmark, Sample
 from reid_nb.parts.metrics import score_counts
 from reid_nb.parts.core import decode
@@ -343,7 +343,8 @@ def test_the_best_template_speaks_for_a_person(tmp_path):
         for f in features: gallery.add(who, template(f), 'drawn')
     assert [n for n,_ in gallery.nearest(unit[0])] == ['Ada','Bruno']
     assert dict(gallery.nearest(unit[0])) == pytest.approx(dict(Ada=1., Bruno=.8), abs=1e-6)
-    said = decide(Track(1, [(0, (0,0,8,16))]), template(unit[0]), gallery, (.4,.6), np.arange(3.), 'Ada')
+    ranking = rank_people(template(unit[0]), gallery, 'Ada')
+    said = decide(Track(1, [(0, (0,0,8,16))]), template(unit[0]), ranking, 'Ada', {}, gallery, (.4,.6), np.arange(3.))
     assert (said.answer, said.score) == ('match', pytest.approx(1.))
 
 def test_thresholds_are_checked_on_people_who_did_not_choose_them():

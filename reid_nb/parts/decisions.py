@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'ANSWERS', 'ANSWER_STYLES', 'SeveralPeople', 'find_usable_tracks', 'choose_track', 'other_names', 'same_person',
-           'Decision', 'most_similar_pair', 'side_by_side', 'evidence', 'Outcome', 'explain_skipped', 'explain',
-           'film_labels', 'log_outcome', 'print_outcome']
+           'name_everybody', 'who_is_elsewhere', 'Decision', 'most_similar_pair', 'side_by_side', 'evidence', 'Outcome',
+           'explain_skipped', 'explain', 'film_labels', 'log_outcome', 'print_outcome']
 
 # %% ../../nbs/parts/26_decisions.ipynb #ee8254dd
 import logging, sqlite3
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import cv2
@@ -75,6 +75,37 @@ def same_person(
     return [f'{done["name"]} looks like {name} ({score:.3f}): one person? `reid_gallery --merge` makes them one'
             for name, score in done['alike']]
 
+# %% ../../nbs/parts/26_decisions.ipynb #63534389
+def name_everybody(
+    tracks:list, # The usable ones of a clip
+    rankings:list, # (name, score) of enrolled people, for each track
+    least:float, # Score below which nobody is found
+)->list: # A name for each track; None: nobody who is enrolled
+    "Find the names of a clip's people together: of those who are seen in one frame no two are the same person."
+    from scipy.optimize import LinearConstraint, milp   # takes a second, which other commands need not wait
+    found, pairs = [None]*len(tracks), [(t, n, s) for t, r in enumerate(rankings) for n, s in r if s >= least]
+    if not pairs: return found
+    groups = defaultdict(set)   # of pairs of which one at most can be true
+    for k, (t, name, _) in enumerate(pairs):
+        for group in (t, *((name, frame) for frame, _ in tracks[t].seen)): groups[group].add(k)
+    one = np.array([[k in group for k in range(len(pairs))] for group in {frozenset(g) for g in groups.values()}])
+    gain = [s - least for *_, s in pairs]
+    chosen = milp(np.negative(gain), constraints=LinearConstraint(one, ub=1), bounds=(0, 1), integrality=1,
+                  options=dict(mip_rel_gap=0)).x
+    for (t, name, _), x in zip(pairs, chosen):
+        if x > .5: found[t] = name
+    return found
+
+# %% ../../nbs/parts/26_decisions.ipynb #d909dc95
+def who_is_elsewhere(
+    tracks:list, # The usable ones of a clip
+    found:list, # From `name_everybody`
+)->list: # {name: number} for each track: names of others who are seen together with that person
+    "Say who else of a clip has which name at the same time."
+    frames = [{frame for frame, _ in t.seen} for t in tracks]
+    return [{name: other.number for other, name, theirs in zip(tracks, found, frames)
+             if name and other is not t and theirs & mine} for t, mine in zip(tracks, frames)]
+
 # %% ../../nbs/parts/26_decisions.ipynb #42f09dcd
 @dataclass
 class Decision:
@@ -82,7 +113,8 @@ class Decision:
     track:int     # Number of the person
     answer:str    # 'match', 'no match' or 'inconclusive'
     name:str      # The claimed name, or the one found; None for unknown
-    score:float   # Of the best template
+    closest:str   # The name, or of those who are not elsewhere the one who is most alike
+    score:float   # Of the best template of `closest`
     lower:float   # No match below
     upper:float   # Match from here
     seen:list     # (first frame, last frame, its time, its time) of each stretch, in seconds
@@ -90,11 +122,12 @@ class Decision:
     pair:dict     # crop (path below the root), frame, box, score: the most similar pair
     shot:Shot=field(repr=False)      # The probe's half of the pair
     probe:Template=field(repr=False) # All its pictures
+    elsewhere:dict=field(default_factory=dict) # {name: number}: somebody else in view at the same time has that name
 
     @property
     def others(self): # Of (name, score): one person enrolled under two names, or people who look alike
-        "The people behind the first who match as well."
-        return [(n, score) for n, score in self.ranking[1:] if score >= self.upper]
+        "Further people who match as well, and are not elsewhere."
+        return [(n, s) for n, s in self.ranking if s >= self.upper and n not in (self.closest, *self.elsewhere)]
 
 # %% ../../nbs/parts/26_decisions.ipynb #2aef26d6
 def most_similar_pair(
@@ -180,9 +213,12 @@ def explain(
     who, lines = outcome.claimed, []
     for d in outcome.decisions:
         found = d.name if d.answer == 'match' else f'perhaps {d.name}, inconclusive'
-        if d.answer == 'no match':
-            found = f'not {who}' if who else f'unknown (closest: {d.ranking[0][0]})'
-        if d.others: found += f' (or {", ".join(f"{n} {score:.3f}" for n, score in d.others)}: they match, too)'
+        if d.answer == 'no match': found = f'not {who}' if who else 'unknown'
+        notes = [f'closest: {d.closest}'] if found == 'unknown' else []
+        notes += [f'{n} {s:.3f} is person {d.elsewhere[n]}, seen at the same time' for n, s in d.ranking
+                  if n in d.elsewhere and s >= d.lower and (d.answer == 'no match' or s > d.score)]
+        if d.others: notes.append(f'or {", ".join(f"{n} {s:.3f}" for n, s in d.others)}: they match, too')
+        if notes: found += f' ({"; ".join(notes)})'
         lines.append(f'{describe(d.track, d.seen)}: {found}; score {d.score:.3f}, '
                      f'match from {d.upper:.3f}, no match below {d.lower:.3f}')
     lines += explain_skipped(outcome)

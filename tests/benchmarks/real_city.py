@@ -99,7 +99,7 @@ def main():
             d = next((d for d in got.decisions if track and d.track == track.number), None)
             if d is None: count['missing'] += 1
             else:
-                count['first'] += d.ranking[0][0] == name
+                count['first'] += d.closest == name
                 count['match'] += d.answer == 'match' and d.name == name
                 count['look'] += d.answer == 'inconclusive' and d.name == name
                 count['wrong'] += d.answer == 'match' and d.name != name
