@@ -112,7 +112,7 @@ def test_what_can_be_kept(files, known, tmp_path):
     out, _ = import_weights(files/'b.pth', out=tmp_path/'ours')
     with pytest.raises(BadInput, match='not calibrated'): keep_calibration(out, tmp_path)
     ours = tmp_path/'small.safetensors'
-    for p in SMALL.parent.glob('osnet_x0_25.[jst]*'): shutil.copy(p, tmp_path/p.name.replace('osnet_x0_25', 'small'))
+    for p in SMALL.parent.glob('mobilenet_v2.[jst]*'): shutil.copy(p, tmp_path/p.name.replace('mobilenet_v2', 'small'))
     with pytest.raises(BadInput, match='not imported'): keep_calibration(ours, tmp_path)
 
 def test_what_comes_with_the_package():

@@ -6,22 +6,21 @@ import sys
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from conftest import ROOT
 
 from reid_nb.parts.benchmarks import read_benchmark
 from reid_nb.parts.core import BadInput, sha256
-from reid_nb.parts.weights import read_thresholds
+from reid_nb.parts.models import build_backbone, ReidModel
+from reid_nb.parts.weights import (
+    embed, export_onnx, load_checkpoint, load_model, read_image, read_thresholds, save_checkpoint, slim, SMALL)
 from reid_nb.evaluate import evaluate
-from reid_nb.parts.weights import embed, load_model
-from reid_nb.parts.weights import read_image
-from reid_nb.parts.weights import save_checkpoint
-from reid_nb.parts.weights import export_onnx, slim, SMALL
 
 CARD = (SMALL.parent/'README.md').read_text(encoding='utf-8')
 
 def test_card_and_files_belong_together():
     for f in SMALL.parent.glob(f'{SMALL.stem}.*'): assert sha256(f) in CARD, f.name
-    assert read_thresholds(SMALL)['thresholds'] and SMALL.stat().st_size < 1_000_000
+    assert read_thresholds(SMALL)['thresholds'] and SMALL.stat().st_size < 5_000_000
 
 @pytest.mark.long
 def test_the_card_says_what_is_measured(data):
@@ -34,10 +33,10 @@ def test_the_card_says_what_is_measured(data):
         assert read_thresholds(SMALL)['thresholds'][fmr]['threshold'] == pytest.approx(t['threshold'], abs=1e-3)
 
 @pytest.mark.long
-def test_onnx_embeds_real_people_as_the_weights_do(data):
+def test_onnx_embeds_real_people_as_the_weights_do(data, tmp_path):
     model, meta = load_model(SMALL)
     paths = [s.path for s in read_benchmark('cuhk03_p1', data/'cuhk03_p1').query[:64]]
-    net = onnxruntime.InferenceSession(SMALL.with_suffix('.onnx'), providers=['CPUExecutionProvider'])
+    net = onnxruntime.InferenceSession(export_onnx(SMALL, tmp_path/'small.onnx'), providers=['CPUExecutionProvider'])
     got = net.run(None, {'images': np.stack([read_image(p, meta['size']) for p in paths])})[0]
     assert np.abs(got - embed(model, meta, paths)).max() < 1e-4
 
@@ -51,6 +50,19 @@ def test_only_a_trained_model_is_given_away(tmp_path):
     moco = save_checkpoint(tmp_path/'moco.safetensors', {}, dict(kind='moco'))
     with pytest.raises(BadInput, match='not from reid_finetune'): slim(moco, tmp_path/'out.safetensors')
     assert not (tmp_path/'out.safetensors').exists()
+
+def test_what_is_given_away_has_no_classifier_and_half_its_bits(tmp_path):
+    net = ReidModel(build_backbone('resnet10_x0_5'), 9, neck=True)
+    about = dict(kind='reid', arch='resnet10_x0_5', classes=9, model=dict(neck=True), size=[64, 32], mean=[.5]*3,
+                 std=[.2]*3)
+    whole = save_checkpoint(tmp_path/'whole.safetensors', net.state_dict(), about)
+    given, meta = load_checkpoint(slim(whole, tmp_path/'given.safetensors'))
+    assert meta['classes'] == 0 and not any('classifier' in k for k in given)
+    assert {str(v.dtype) for v in given.values() if v.ndim > 1} == {'torch.float16'}
+    assert not any(v.dtype == torch.float16 for v in given.values() if v.ndim < 2)
+    pictures = [np.random.default_rng(k).integers(0, 256, (64, 32, 3), np.uint8) for k in range(8)]
+    one, two = (embed(*load_model(tmp_path/f'{name}.safetensors'), pictures) for name in ('whole', 'given'))
+    assert (one*two).sum(1).min() > .99999
 
 def test_the_command(run, tmp_path):
     done = run('reid_export', tmp_path/'none.safetensors')

@@ -37,7 +37,7 @@ def heading(
     return '# Who is it?\n' + ' · '.join(p for p in parts if p)
 
 # %% ../../nbs/parts/33_network.ipynb #e70025de
-BETTER = 'osnet_x0_25_msmt17'    # of the same kind and speed as the small one
+BETTER = 'osnet_x0_25_msmt17'    # as quick as the small one, of fifteen cameras
 
 def say_path(path):
     "Write a path without the name of whose machine it is."

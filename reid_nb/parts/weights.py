@@ -379,17 +379,17 @@ def embed(
     return embed_with(both, images, **about, device=device, batch=batch, unit=unit)
 
 # %% ../../nbs/parts/12_weights.ipynb #be8d6a14
-SMALL = Path(str(files('reid_nb')))/'weights'/'osnet_x0_25.safetensors'
+SMALL = Path(str(files('reid_nb')))/'weights'/'mobilenet_v2.safetensors'
 
 # %% ../../nbs/parts/12_weights.ipynb #c82c9eb3
 def slim(
     ckpt, # A checkpoint of `finetune`
     out, # The file to make, .safetensors
 )->Path: # `out`; raises `BadInput` for what is no such checkpoint
-    "Save a checkpoint without its classifiers, to be given away."
+    "Save a checkpoint to be given away: without its classifiers, its filters in half precision."
     tensors,meta = load_checkpoint(ckpt)
     if meta.get('kind')!='reid': raise BadInput(f'{ckpt} is not from reid_finetune')
-    keep = {k: v for k,v in tensors.items() if '.classifier.' not in k}
+    keep = {k: v.half() if v.dim()>1 else v for k,v in tensors.items() if '.classifier.' not in k}
     return save_checkpoint(out, keep, meta | dict(classes=0))
 
 # %% ../../nbs/parts/12_weights.ipynb #4d0a842d

@@ -62,7 +62,7 @@ def main():
             v.panel.get_by_label(CONSENT).check()
             v.submit('ask')
             v.panel.get_by_label(f'person {k}', exact=True).check()
-            print(v.submit('good').splitlines()[0], flush=True)
+            print(*v.submit('good').splitlines()[:2], flush=True)
         v.shot('real_city_enrolment')
         v.tab('Identification')
         show(v, v05, a.cameras and 'v05')
