@@ -176,6 +176,9 @@ def test_nobody_is_in_two_places(films, tmp_path):
     assert {(c.track, c.name, c.answer) for c in claim.decisions} == {
         (d['Red'].track, 'Red', 'match'), (d['Blue'].track, 'Red', 'no match')}
     json.dumps(both.to_dict())
+    strict = ppl.Matcher(redder, 'a'*64, {'0.01': dict(low=.6, high=.9)})
+    nobody = next(d for d in bio.identify(films['both'], tmp_path/'g', strict).decisions if d.name is None)
+    assert nobody.ranking[0][0] == 'Red' and nobody.closest == 'Blue' and nobody.pair['crop'].startswith('Blue/')
 
 spells = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1, max_size=4)
 
@@ -193,6 +196,9 @@ def test_names_are_the_best_of_all_that_are_possible(spells, data):
     found = dec.name_everybody(tracks, rankings, .3)
     assert possible(found) and all(dict(r)[n] >= .3 for n, r in zip(found, rankings) if n)
     assert gain(found) == pytest.approx(max(map(gain, filter(possible, product([None, *'abc'], repeat=len(tracks))))))
+    assert dec.who_is_elsewhere(tracks, found) == [
+        {found[j]: j for j in range(len(tracks)) if found[j] and ((i, j) in met or (j, i) in met)}
+        for i in range(len(tracks))]
 
 def test_a_decision_carries_its_evidence(films, tmp_path):
     bio.enroll('Red', films['red'], tmp_path/'g', MATCHER)

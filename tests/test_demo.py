@@ -211,6 +211,9 @@ def test_a_program_has_names_and_data(client, films):
     for service, claim in ('verify', dict(name='Red')), ('identify', {}):
         own = bio.identify(films['again'], root, MATCHER, weights='motion', claimed=claim.get('name')).to_dict()
         assert ask(service, video='again', **claim) == json.loads(gal.as_json(own))
+    late = handle_file(str(film(client.root/'late.mp4', (RED, 3, 6, 20), (BLUE, 50, 6, 130))))
+    some = client.predict(video=late, last=53, api_name='/identify')[1]
+    assert some['decisions'][0]['name'] == 'Red' and [*some['skipped']] == ['2']     # who has few pictures
     assert ask('verify', video='again', first=9, last=3, name='Red') == {'error': 'From Frame 9 comes after To Frame 3'}
     assert ask('enroll', video='both', name='Two', consent=True)['people'] == [1, 2]
     assert 'consent' in ask('enroll', video='red', name='Red')['error']

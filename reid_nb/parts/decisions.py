@@ -8,7 +8,7 @@ __all__ = ['log', 'ANSWERS', 'ANSWER_STYLES', 'SeveralPeople', 'find_usable_trac
            'explain_skipped', 'explain', 'film_labels', 'log_outcome', 'print_outcome']
 
 # %% ../../nbs/parts/26_decisions.ipynb #ee8254dd
-import logging, sqlite3
+import json, logging, sqlite3
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -184,11 +184,11 @@ class Outcome:
         return min((d.answer for d in self.decisions), key=ANSWERS.index)
 
     def to_dict(self):
-        "Everything but the pictures, as JSON can hold it."
+        "Everything but the pictures, as JSON has it: keys are words."
         heavy = 'shot', 'probe'
         plain = [{k: v for k, v in vars(d).items() if k not in heavy} for d in self.decisions]
         words = {k: v for k, v in vars(self).items() if k != 'tracks'}
-        return words | dict(answer=self.answer, decisions=plain)
+        return json.loads(as_json(words | dict(answer=self.answer, decisions=plain)))
 
     def __str__(self): return '\n'.join(explain(self))
 
