@@ -24,13 +24,17 @@ def test_card_and_files_belong_together():
 
 @pytest.mark.long
 def test_the_card_says_what_is_measured(data):
-    for flip in (False, True):
-        got = evaluate(None, data/'cuhk03_p1', 'cuhk03_p1', flip=flip)
+    ways = {}, dict(flip=True), dict(by_camera=True)
+    plain, _, by_camera = got = [evaluate(None, data/'cuhk03_p1', 'cuhk03_p1', **way) for way in ways]
+    for result in got:
         for k in ('rank1', 'mAP'):
-            numbers = [100*got['figures'][k][v] for v in ('value', 'low', 'high')]
+            numbers = [100*result['figures'][k][v] for v in ('value', 'low', 'high')]
             assert '{:.1f} ({:.1f} to {:.1f})'.format(*numbers) in CARD
-    for fmr, t in evaluate(None, data/'cuhk03_p1', 'cuhk03_p1')['thresholds'].items():
-        assert read_thresholds(SMALL)['thresholds'][fmr]['threshold'] == pytest.approx(t['threshold'], abs=1e-3)
+    for known, result in (read_thresholds(SMALL), plain), (read_thresholds(SMALL, by_camera=True), by_camera):
+        for fmr, t in result['thresholds'].items():
+            own = known['thresholds'][fmr]
+            assert own['threshold'] == pytest.approx(t['threshold'], abs=1e-3)
+            assert '{threshold:.3f} ({low:.3f} to {high:.3f}) | {tmr:.2f} |'.format(**own) in CARD
 
 @pytest.mark.long
 def test_onnx_embeds_real_people_as_the_weights_do(data, tmp_path):
